@@ -1,0 +1,47 @@
+# Everything runs in .venv, which `make setup` makes from requirements.lock.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test check protos wheel bench crash
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: requirements.lock pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable . && touch $@
+
+setup: .venv/installed ## make .venv with the weft command in it
+
+demo: setup ## serve, join three workers, merge, judge, pull: on this machine alone
+	$(BIN)/weft demo
+
+test: setup ## all tests but the long campaigns
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: setup protos-check ## lint, types, layers, protos, wheel
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=.links $(BIN)/lint-imports
+	$(MAKE) wheel
+
+.venv-protos/installed: protos/requirements.txt
+	$(PYTHON) -m venv .venv-protos
+	.venv-protos/bin/pip install --quiet --requirement protos/requirements.txt && touch $@
+
+protos: .venv-protos/installed ## write the gRPC stubs
+	PATH=.venv-protos/bin:$$PATH .venv-protos/bin/python protos/generate.py
+
+protos-check: .venv-protos/installed
+	PATH=.venv-protos/bin:$$PATH .venv-protos/bin/python protos/generate.py --check
+
+wheel: setup ## build the wheel, install it outside the checkout and run its demo
+	$(BIN)/python tests/wheel/check_wheel.py
+
+crash: setup ## 1,000 kills of the coordinator at random points
+	WEFT_CRASHES=1000 $(BIN)/python -m pytest -q tests/faults -k crash
+
+bench: setup ## all benchmarks, with their results written
+	for script in benchmarks/*.py; do $(BIN)/python $$script --write || exit 1; done
