@@ -15,11 +15,14 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, cast
+from typing import Any, Final, TypeVar, Union, cast
 
 from weft.common.errors import RunFileError, UsageError
 
 T = TypeVar("T")
+
+INTEGER_MAX: Final = 2**63 - 1
+"""What messages and the ledger hold."""
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], *, where: str = "") -> T:
@@ -34,6 +37,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], *, where: str = "") -> T:
     Raises:
         RunFileError: An unknown key (with the nearest right one), a missing one, a wrong type or value.
     """
+    if not isinstance(table, Mapping):
+        raise _wrong(where or "the whole", "a table", table)
     fields = {field.name: field for field in dataclasses.fields(cast("Any", cls))}
     for key in table:
         if key not in fields:
@@ -101,7 +106,8 @@ def _unknown_key(key: str, known: list[str], where: str) -> RunFileError:
 
 
 def _wrong(where: str, wanted: str, value: Any) -> RunFileError:
-    return RunFileError(f"{where} must be {wanted}, not {value!r}")
+    said = repr(value)
+    return RunFileError(f"{where} must be {wanted}, not {said if len(said) <= 80 else f'{said[:80]}…'}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -141,7 +147,9 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
             hint_text = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(shown)}"
             raise RunFileError(f"{where} is {value!r}", hint=hint_text)
         return hint(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and abs(value) > INTEGER_MAX:
+        raise RunFileError(f"{where} is too large a number", hint=f"use at most {INTEGER_MAX}")
+    if hint is float and type(value) is int:
         return float(value)
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
     if hint in names:

@@ -1,0 +1,201 @@
+"""Merge speed and memory, as ratios within one run.
+
+    python benchmarks/merge_round.py [--write]
+
+Speed: bytes of updates merged per second, beside one arithmetic pass over the same bytes from memory (a
+float32 sum on as many threads) and beside ``peft.utils.merge_utils`` tensor by tensor. Memory: peak allocation
+of the merge itself at 2, 8 and 64 updates, inputs and result excluded. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from weft.common.modules import Schema, TensorSpec
+from weft.server.merge.engine import merge_module
+from weft.server.merge.settings import LoraSpace, MergeRuleName, MergeSettings, TiesConvention, TiesParameters
+from weft.server.merge.tiles import WORKING_ELEMENTS, Arrays, ArrayUpdate, spans
+from weft.server.outer import OuterSettings
+
+PEFT_TIES = TiesParameters(convention=TiesConvention.PEFT)
+CASES = {
+    "mean": MergeSettings(lora=LoraSpace.FACTORS),
+    "ties (official)": MergeSettings(rule=MergeRuleName.TIES),
+    "ties (peft)": MergeSettings(rule=MergeRuleName.TIES, ties=PEFT_TIES),
+    "fisher": MergeSettings(rule=MergeRuleName.FISHER),
+    "mean, exact ΔW": MergeSettings(lora=LoraSpace.EXACT),
+}
+
+
+def lora_schema(*, layers: int = 12, width: int = 768, inner: int = 2048, rank: int = 16) -> Schema:
+    shapes = dict.fromkeys("qkvo", (width, width)) | {
+        "gate": (inner, width),
+        "up": (inner, width),
+        "down": (width, inner),
+    }
+    specs = [
+        TensorSpec(f"{layer:02d}.{name}.{side}.weight", "F32", shape)
+        for layer in range(layers)
+        for name, (rows, columns) in shapes.items()
+        for side, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank)))
+    ]
+    return Schema(tuple(sorted(specs)))
+
+
+def full_schema() -> Schema:
+    return Schema(tuple(TensorSpec(f"{number:02d}", "F32", (2048, 1024)) for number in range(8)))
+
+
+def random_arrays(schema: Schema, rng: np.random.Generator) -> Arrays:
+    return Arrays({s.name: rng.standard_normal(s.shape, np.float32) for s in schema.tensors})
+
+
+def updates_of(schema: Schema, count: int, rng: np.random.Generator) -> list[ArrayUpdate]:
+    fisher = random_arrays(schema, rng)
+    for array in fisher.arrays.values():
+        np.square(array, out=array)
+    return [
+        ArrayUpdate(worker_id=f"{n:02d}", deltas=random_arrays(schema, rng), fisher=fisher)
+        for n in range(count)
+    ]
+
+
+def best_s(action: Callable[[], object]) -> float:
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def read_once(updates: Sequence[ArrayUpdate], schema: Schema, threads: int) -> None:
+    def one(tile: tuple[str, int, int]) -> None:
+        name, start, stop = tile
+        total = updates[0].tile(name, start, stop).copy()
+        for update in updates[1:]:
+            total += update.tile(name, start, stop)
+
+    tiles = [
+        (s.name, *span) for s in schema.tensors for span in spans(s.size, WORKING_ELEMENTS // len(updates))
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, tiles))
+
+
+def peft_ties(updates: Sequence[ArrayUpdate], schema: Schema) -> None:
+    from peft.utils import merge_utils
+
+    for spec in schema.tensors:
+        rows = [torch.from_numpy(update.deltas.arrays[spec.name]) for update in updates]
+        merge_utils.ties(rows, torch.ones(len(rows)), 0.2)
+
+
+def merge(
+    updates: Sequence[ArrayUpdate], start: Arrays, schema: Schema, case: str, threads: int, sink: Arrays
+) -> None:
+    merge_module(updates, start, schema, sink, settings=CASES[case], outer=OuterSettings(), threads=threads)
+
+
+def speed_rows(label: str, schema: Schema, count: int, cases: Sequence[str], threads: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    updates, start, sink = updates_of(schema, count, rng), random_arrays(schema, rng), Arrays.zeros(schema)
+    gigabytes = count * schema.num_parameters * 4 / 1e9
+    read_s = best_s(lambda: read_once(updates, schema, threads))
+    results = {"one pass over the bytes": read_s}
+    for case in cases:
+        results[case] = best_s(partial(merge, updates, start, schema, case, threads, sink))
+    results["peft ties"] = best_s(lambda: peft_ties(updates, schema))
+    return [
+        f"| {label}, {count} updates, {gigabytes:.2f} GB | {name} | {seconds:.3f} | {gigabytes / seconds:.2f} | "
+        f"{seconds / read_s:.1f} | {results['peft ties'] / seconds:.1f} |"
+        for name, seconds in results.items()
+    ]
+
+
+def memory_rows(cases: Sequence[str], threads: int) -> list[str]:
+    schema, rng = full_schema(), np.random.default_rng(0)
+    (update,) = updates_of(schema, 1, rng)
+    start, sink = random_arrays(schema, rng), Arrays.zeros(schema)
+    rows = []
+    for case in cases:
+        peaks = []
+        for count in (2, 8, 64):
+            # The same arrays under other names: the merge does not know, and inputs take no room.
+            updates = [
+                ArrayUpdate(worker_id=f"{n:02d}", deltas=update.deltas, fisher=update.fisher)
+                for n in range(count)
+            ]
+            tracemalloc.start()
+            merge(updates, start, schema, case, threads, sink)
+            peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
+            tracemalloc.stop()
+        rows.append(f"| {case} | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
+    return rows
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def report(threads: int) -> str:
+    coordinate_wise = [case for case in CASES if "exact" not in case]
+    setting = (
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} · {os.cpu_count()} cores, {processor()}, "
+        f"load {os.getloadavg()[0]:.1f} at the start · torch {torch.__version__}, numpy {np.__version__} · "
+        f"{threads} threads · `python benchmarks/merge_round.py --write`"
+    )
+    memory = (
+        f"Peak MiB allocated by the merge of {full_schema().num_parameters / 1e6:.1f} M parameters "
+        f"(64 MiB an update; inputs and result excluded), {threads} threads:"
+    )
+    lines = [
+        "# Merging a round",
+        "",
+        setting,
+        "",
+        "| what | how | s | GB/s of updates | × one pass | × faster than peft ties |",
+        "|---|---|---|---|---|---|",
+        *speed_rows("LoRA r=16, 84 layers", lora_schema(), 16, list(CASES), threads),
+        *speed_rows("full, 16.8 M parameters", full_schema(), 8, coordinate_wise, threads),
+        "",
+        memory,
+        "",
+        "| rule | 2 updates | 8 updates | 64 updates |",
+        "|---|---|---|---|",
+        *memory_rows(coordinate_wise, threads),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/merge_round.md")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    text = report(arguments.threads)
+    print(text)
+    if arguments.write:
+        target = Path(__file__).parent / "results" / "merge_round.md"
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

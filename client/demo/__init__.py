@@ -1,0 +1,1 @@
+"""The demonstration: its corpus, its base, and the command that runs the whole loop on one machine."""

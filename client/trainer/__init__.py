@@ -1,0 +1,1 @@
+"""Training of a path's modules over a resident base."""

@@ -1,0 +1,186 @@
+"""Directories that other programs open: a PEFT adapter, or a whole Hugging Face model.
+
+An export appears at its place complete or not at all: it is written beside the target under a temporary name and
+renamed. The adapter needs neither torch nor ``peft`` to be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from weft.common.base import base_file_names
+from weft.common.errors import DiskFull, StorageError, UsageError
+from weft.common.modules import LORA_A, LORA_B
+from weft.common.recipe import Recipe, TaskKind
+from weft.common.tensors import write_tensors
+
+Float32Array = npt.NDArray[np.float32]
+_PREFIX = "base_model.model."
+_PEFT_TASKS = {TaskKind.CAUSAL_LM: "CAUSAL_LM", TaskKind.SEQUENCE_CLASSIFICATION: "SEQ_CLS"}
+
+
+def write_peft(
+    to: Path,
+    recipe: Recipe,
+    tensors: Mapping[str, Float32Array],
+    *,
+    card: str,
+    base_name: str,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a PEFT adapter directory that ``PeftModel.from_pretrained(base, to)`` loads.
+
+    Args:
+        to: A directory that does not exist or is empty.
+        recipe: Of the run.
+        tensors: All tensors of one path, float32 by Weft's names.
+        card: Text of README.md.
+        base_name: What the adapter says it belongs to: a Hub id or a name, not a path of this machine.
+        extra_files: More files by plain name, such as the signed manifest.
+
+    Raises:
+        UsageError: ``to`` is not empty.
+        StorageError: It cannot be written; nothing is left.
+    """
+    with _fresh_directory(to) as directory:
+        config = _adapter_config(recipe, tensors, base_name)
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        prefixed = {_PREFIX + name: array for name, array in tensors.items()}
+        write_tensors(directory / "adapter_model.safetensors", prefixed, {"format": "pt"})
+        _write_around(directory, card, extra_files)
+
+
+def write_hf(
+    to: Path,
+    base_dir: Path,
+    recipe: Recipe,
+    tensors: Mapping[str, Float32Array],
+    *,
+    card: str,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the base with the path merged into its weights: a directory that ``from_pretrained`` loads.
+
+    Merging is done in float32; the weights are then stored in the base's own dtype. Arguments and errors are
+    those of ``write_peft``; BaseModelError when the base cannot be loaded.
+    """
+    from weft.common.composition import save_merged
+
+    with _fresh_directory(to) as directory:
+        save_merged(directory, base_dir, recipe, tensors)
+        weights = ("config.json", ".safetensors", ".safetensors.index.json")
+        for name in base_file_names(base_dir):
+            if not name.endswith(weights):
+                shutil.copyfile(base_dir / name, directory / name)
+        _write_around(directory, card, extra_files)
+
+
+def model_card(
+    *, title: str, recipe: Recipe, base_name: str, lineage: Sequence[str], is_adapter: bool = True
+) -> str:
+    """README.md of an export: what it is, how to load it, and where it comes from, one line an ancestor."""
+    library = "peft" if is_adapter else "transformers"
+    task = "text-generation" if recipe.task.kind is TaskKind.CAUSAL_LM else "text-classification"
+    header = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
+    if recipe.base.hub_id:
+        header.append(f"base_model: {recipe.base.hub_id}")
+    usage = _adapter_usage(recipe, base_name) if is_adapter else _model_usage(recipe)
+    origin = [
+        f"- run: `{recipe.run}`",
+        f"- base: `{base_name}`, BLAKE3 of its files `{recipe.base.digest}`",
+        *(f"- {line}" for line in lineage),
+    ]
+    parts = [
+        "\n".join([*header, "tags: [weft]", "---"]),
+        f"# {title}",
+        "Trained with Weft.",
+        f"```python\n{usage}\n```",
+        "## Lineage",
+        "\n".join(origin),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _adapter_usage(recipe: Recipe, base_name: str) -> str:
+    auto_class = _auto_class_name(recipe)
+    options = f", num_labels={recipe.task.num_labels}" if recipe.task.num_labels else ""
+    return "\n".join(
+        [
+            f"from peft import PeftModel; from transformers import {auto_class}",
+            f'base = {auto_class}.from_pretrained("{base_name}"{options})',
+            'model = PeftModel.from_pretrained(base, "this directory")',
+        ]
+    )
+
+
+def _model_usage(recipe: Recipe) -> str:
+    auto_class = _auto_class_name(recipe)
+    return f'from transformers import {auto_class}\nmodel = {auto_class}.from_pretrained("this directory")'
+
+
+def _auto_class_name(recipe: Recipe) -> str:
+    return (
+        "AutoModelForCausalLM"
+        if recipe.task.kind is TaskKind.CAUSAL_LM
+        else "AutoModelForSequenceClassification"
+    )
+
+
+def _adapter_config(recipe: Recipe, tensors: Mapping[str, Float32Array], base_name: str) -> dict[str, Any]:
+    lora = recipe.topology.lora
+    heads = sorted({name.partition(".")[0] for name in tensors if not name.endswith((LORA_A, LORA_B))})
+    return {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": heads or None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "revision": recipe.base.revision or None,
+        "target_modules": sorted(lora.target_modules),
+        "task_type": _PEFT_TASKS[recipe.task.kind],
+        "use_rslora": lora.rslora,
+    }
+
+
+def _write_around(directory: Path, card: str, extra_files: Mapping[str, bytes] | None) -> None:
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    for name, content in (extra_files or {}).items():
+        if Path(name).name != name or (directory / name).exists():
+            raise ValueError(f"{name!r} is not a free plain file name")
+        (directory / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def _fresh_directory(to: Path) -> Iterator[Path]:
+    """A temporary sibling of ``to`` that takes its place at the end, or is removed on any error."""
+    if to.is_file() or (to.is_dir() and any(to.iterdir())):
+        raise UsageError(f"{to} is not empty", hint="give a directory that does not exist yet")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+        try:
+            inner = temporary / "content"
+            inner.mkdir()  # with the mode that the user's umask gives; mkdtemp's is private
+            yield inner
+            inner.replace(to)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskFull(f"no space left for {to}", hint="free space or give another --to") from error
+        raise StorageError(f"cannot write {to}: {error.strerror}", hint="give another --to") from error

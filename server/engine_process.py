@@ -1,0 +1,220 @@
+"""The merge process: ``python -m weft.server.engine_process``, JSON lines in, JSON lines out.
+
+Jobs: ``prepare`` (schemas and version 0 of a run's modules), ``merge`` (a round's candidate), ``gate`` (held-out
+losses before and after). It reads files that were screened and writes files that the coordinator takes over; it
+decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from weft.common.codec import UpdateFile
+from weft.common.composition import ResidentBase, describe
+from weft.common.errors import EngineFailed, WeftError
+from weft.common.evaluation import evaluate, load_heldout, paired_difference
+from weft.common.ids import ModuleKey
+from weft.common.initial import initial_tensors
+from weft.common.modules import Schema, TensorSpec, Topology
+from weft.common.recipe import Recipe
+from weft.common.settings import from_table, to_table
+from weft.common.tensors import Float32Array, open_module, write_module
+from weft.server.merge.engine import MergeReport, OuterState, merge_module
+from weft.server.merge.settings import MergeSettings
+from weft.server.merge.tiles import Arrays
+from weft.server.outer import OuterSettings
+
+Job = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _FileUpdate:
+    """A screened update file with what the ledger knows of it."""
+
+    worker_id: str
+    task_id: str
+    weight: float
+    file: UpdateFile
+
+    @property
+    def sparse(self) -> bool:
+        return self.file.sparse
+
+    def tile(self, name: str, start: int, stop: int) -> Float32Array:
+        return self.file.tile(name, start, stop)
+
+    def fisher_tile(self, name: str, start: int, stop: int) -> Float32Array:
+        return self.file.fisher_tile(name, start, stop)
+
+
+class Jobs:
+    """What the process can do; holds the base that gating needs."""
+
+    def __init__(self) -> None:
+        self._bases: dict[str, ResidentBase] = {}
+
+    def run(self, job: Job) -> Result:
+        """Do one job; raises WeftError."""
+        return self._JOBS[job["job"]](self, job)
+
+    def prepare(self, job: Job) -> Result:
+        """Schemas of a run's modules, and version 0 of each in a file."""
+        recipe = from_table(Recipe, job["recipe"])
+        base, to = Path(job["base"]), Path(job["to"])
+        if job["heldout"]:
+            # Held-out data that cannot be read is refused now, not at the end of the first round.
+            load_heldout(Path(job["heldout"]), self._base(base, recipe).tokenizer, recipe)
+        schemas = describe(base, recipe)
+        files = {}
+        for module, schema in schemas.items():
+            files[str(module)] = str(to / f"{recipe.run}-{module}-0.module")
+            write_module(Path(files[str(module)]), initial_tensors(schema, seed=recipe.inner.seed), schema)
+        return {
+            "schemas": {str(module): to_table(schema.tensors) for module, schema in schemas.items()},
+            "files": files,
+        }
+
+    def merge(self, job: Job) -> Result:
+        """A round's candidate; see ``weft.server.merge.engine``."""
+        schema = _schema(job["schema"])
+        scaling = from_table(Topology, job["topology"]).lora.scaling
+        outer = from_table(OuterSettings, job["outer"])
+        result: Result = {"candidate": job["candidate"]}
+        with ExitStack() as stack:
+            start = stack.enter_context(open_module(Path(job["start"]), schema))
+            updates = [
+                _FileUpdate(
+                    worker_id=item["worker_id"],
+                    task_id=item["task_id"],
+                    weight=item["weight"],
+                    file=stack.enter_context(UpdateFile(Path(item["path"]), schema)),
+                )
+                for item in job["updates"]
+            ]
+            candidate, momentum = Arrays.zeros(schema), Arrays.zeros(schema)
+            state = None
+            if outer.has_momentum:
+                before = job["outer_state"]
+                held = stack.enter_context(open_module(Path(before), schema)) if before else None
+                state = OuterState(momentum=held, next_momentum=momentum)
+            report = merge_module(
+                updates,
+                start,
+                schema,
+                candidate,
+                settings=from_table(MergeSettings, job["merge"]),
+                outer=outer,
+                outer_state=state,
+                scaling=scaling,
+                threads=torch.get_num_threads(),
+            )
+        write_module(Path(job["candidate"]), candidate.arrays, schema)
+        if state is not None:
+            write_module(Path(job["outer_state_to"]), momentum.arrays, schema)
+            result["outer_state"] = job["outer_state_to"]
+        return result | _summary(report)
+
+    def gate(self, job: Job) -> Result:
+        """Held-out losses of a path before and after one of its modules changes."""
+        recipe = from_table(Recipe, job["recipe"])
+        schemas = {ModuleKey.parse(key): _schema(value) for key, value in job["schemas"].items()}
+        base = self._base(Path(job["base"]), recipe)
+        sequences = load_heldout(Path(job["heldout"]), base.tokenizer, recipe).spread(
+            job["num_sequences_max"]
+        )
+        results = []
+        for files in (job["before"], job["after"]):
+            tensors: dict[str, Float32Array] = {}
+            for key, path in files.items():
+                tensors |= read_module(Path(path), schemas[ModuleKey.parse(key)])
+            results.append(evaluate(base.compose(recipe, tensors), sequences))
+        before, after = results
+        difference, half_width = paired_difference(before, after)
+        losses = {
+            "before": before.loss,
+            "after": after.loss,
+            "difference": difference,
+            "half_width": half_width,
+            "num_sequences": len(sequences),
+        }
+        return {"losses": losses}
+
+    def _base(self, directory: Path, recipe: Recipe) -> ResidentBase:
+        key = f"{recipe.base.digest}/{recipe.task}"
+        if key not in self._bases:
+            on_gpu = torch.cuda.is_available()
+            device = torch.device("cuda" if on_gpu else "cpu")
+            dtype = torch.bfloat16 if on_gpu else torch.float32
+            self._bases = {key: ResidentBase.load(directory, recipe.task, device=device, dtype=dtype)}
+        return self._bases[key]
+
+    _JOBS: Final[Mapping[str, Callable[[Jobs, Job], Result]]] = {
+        "prepare": prepare,
+        "merge": merge,
+        "gate": gate,
+    }
+
+
+def read_module(path: Path, schema: Schema) -> dict[str, Float32Array]:
+    """All tensors of a module file, float32, in memory."""
+    with open_module(path, schema) as file:
+        return {spec.name: np.array(file.array(spec.name)) for spec in schema.tensors}
+
+
+def _schema(table: Any) -> Schema:
+    return Schema(tuple(TensorSpec(item["name"], item["dtype"], tuple(item["shape"])) for item in table))
+
+
+def _summary(report: MergeReport) -> Result:
+    clipped = sorted({item.worker_id for item in report.contributions if item.clip_factor < 1})
+    return {
+        "truncation_error": report.truncation_error,
+        "clipped": clipped,
+        "contributions": to_table(report.contributions),
+        "seconds": dict(report.seconds),
+    }
+
+
+@contextlib.contextmanager
+def _own_stdout() -> Iterator[int]:
+    """Keep standard output for replies: whatever a library prints goes to standard error."""
+    replies = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        yield replies
+    finally:
+        os.close(replies)
+
+
+def main() -> None:
+    """Serve jobs from standard input until it ends."""
+    jobs = Jobs()
+    with _own_stdout() as replies, os.fdopen(os.dup(replies), "wb", buffering=0) as out:
+        for line in sys.stdin.buffer:
+            out.write(json.dumps(_reply(jobs, json.loads(line))).encode() + b"\n")
+
+
+def _reply(jobs: Jobs, job: Job) -> Result:
+    try:
+        return jobs.run(job)
+    except WeftError as error:
+        return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+    except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # One bad job must not cost the resident base; the coordinator decides what the failure means.
+        return {"error": EngineFailed.__name__, "message": f"{type(error).__name__}: {error}", "hint": ""}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What the engine reads and writes: slices of flat tensors, so that it knows nothing of files.
+
+A *tile* is elements ``start:stop`` of one tensor in C order. Readers and sinks are called from several
+threads at once, on disjoint slices.
+
+Legend: W = updates, T = elements of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from weft.common.modules import Schema
+
+Float32: TypeAlias = npt.NDArray[np.float32]
+Float64: TypeAlias = npt.NDArray[np.float64]
+
+WORKING_ELEMENTS: Final = 1 << 18
+"""Elements of a tile over all updates: as float64 they fit a core's second-level cache."""
+
+
+class Tiles(Protocol):
+    """A module's tensors, read slice by slice: a start version, or the outer optimiser's momentum."""
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """Elements ``start:stop`` of tensor ``name``, flat in C order, float32 [stop − start]."""
+        ...
+
+
+class Sink(Protocol):
+    """Where the next version goes; every element is written exactly once, in any order."""
+
+    def write(self, name: str, start: int, values: Float32) -> None:
+        """Set elements from ``start`` of tensor ``name``."""
+        ...
+
+
+class Update(Protocol):
+    """One worker's movement, trained − start, with what it says about itself."""
+
+    @property
+    def worker_id(self) -> str:
+        """Who sent it."""
+        ...
+
+    @property
+    def task_id(self) -> str:
+        """For which task; (worker, task) is unique among the updates of a merge."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """What it counts for, ≥ 0; any unit, since weights are normalised."""
+        ...
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the worker has trimmed it already, so that no rule trims it again."""
+        ...
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """The movement of elements ``start:stop`` of tensor ``name``, flat in C order."""
+        ...
+
+    def fisher_tile(self, name: str, start: int, stop: int) -> Float32:
+        """The diagonal Fisher of the same elements, ≥ 0; only asked for when the rule needs it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """Tensors held as float32 arrays, in memory or memory-mapped: a reader and a sink."""
+
+    arrays: Mapping[str, npt.NDArray[np.float32]]
+    """C-contiguous float32 arrays by tensor name; ``np.memmap`` is one."""
+
+    def __post_init__(self) -> None:
+        for name, array in self.arrays.items():
+            if array.dtype != np.float32 or not array.flags.c_contiguous:
+                raise ValueError(f"{name} must be float32 in C order")
+
+    @classmethod
+    def zeros(cls, schema: Schema) -> Arrays:
+        """Arrays of zeros in the shapes of ``schema``."""
+        return cls({spec.name: np.zeros(spec.shape, np.float32) for spec in schema.tensors})
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """A view of elements ``start:stop``."""
+        return self.arrays[name].reshape(-1)[start:stop]
+
+    def write(self, name: str, start: int, values: Float32) -> None:
+        """Set elements from ``start``."""
+        self.arrays[name].reshape(-1)[start : start + len(values)] = values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayUpdate:
+    """An update held in memory."""
+
+    worker_id: str
+    """Who sent it."""
+    deltas: Arrays
+    """Movement by tensor name."""
+    task_id: str = ""
+    """For which task."""
+    weight: float = 1.0
+    """What it counts for."""
+    sparse: bool = False
+    """Whether it is trimmed already."""
+    fisher: Arrays | None = None
+    """Diagonal Fisher by tensor name."""
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """The movement of elements ``start:stop``."""
+        return self.deltas.tile(name, start, stop)
+
+    def fisher_tile(self, name: str, start: int, stop: int) -> Float32:
+        """The Fisher of elements ``start:stop``; ValueError when there is none."""
+        if self.fisher is None:
+            raise ValueError(f"the update of {self.worker_id} carries no Fisher")
+        return self.fisher.tile(name, start, stop)
+
+
+def spans(size: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut ``size`` elements into (start, stop) of at most ``length``."""
+    return ((start, min(start + length, size)) for start in range(0, size, length))
+
+
+def weighted_sum(rows_WT: Float64 | npt.NDArray[np.bool_], weights_W: Float64) -> Float64:
+    """Σ_i weights[i] · rows[i], row by row.
+
+    ``rows.sum(axis=0)`` and ``weights @ rows`` choose their order of addition by shape, so that the result
+    would depend on the length of the tile: rules use this instead.
+
+    Args:
+        rows_WT: float64 or bool [W, T].
+        weights_W: float64 [W].
+
+    Returns:
+        float64 [T].
+    """
+    total_T: Float64 = rows_WT[0] * weights_W[0]
+    product_T = np.empty_like(total_T)
+    for row_T, weight in zip(rows_WT[1:], weights_W[1:], strict=True):
+        np.multiply(row_T, weight, out=product_T)
+        total_T += product_T
+    return total_T

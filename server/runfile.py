@@ -1,0 +1,266 @@
+"""The run file: one TOML that describes a run, checked as a whole before anything starts.
+
+Keys that workers follow become the recipe; the rest stays with the coordinator. Combinations that cannot work are
+refused here, by name, so that no run fails an hour later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft.common.codec import CodecSettings
+from weft.common.errors import RunFileError, UsageError
+from weft.common.ids import RunId, run_id
+from weft.common.modules import Kind, Topology
+from weft.common.recipe import BasePin, FisherSettings, InnerSettings, Recipe, TaskSettings
+from weft.common.settings import field_docs, from_table, to_table
+from weft.server.gate import GateSettings
+from weft.server.merge.rules import lora_space
+from weft.server.merge.settings import FisherParameters, MergeRuleName, MergeSettings, TiesParameters
+from weft.server.outer import OuterSettings
+from weft.server.rounds import RoundPolicy
+
+RUN_FILE_BYTES_MAX = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSection:
+    """The run itself."""
+
+    name: str
+    """What people type: lower-case letters, digits and hyphens."""
+    idle_s: float = 120.0
+    """The one time setting: without any progress for this long, a transfer or a task has failed."""
+
+    def __post_init__(self) -> None:
+        run_id(self.name)
+        if not 5 <= self.idle_s <= 86_400:
+            raise UsageError(f"run.idle_s is {self.idle_s}", hint="use 5 to 86400, for example 120")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseSection:
+    """The frozen base."""
+
+    source: str
+    """A directory in Hugging Face layout (relative to this file), or a Hub id such as meta-llama/Llama-3.2-1B."""
+    revision: str = ""
+    """The Hub's revision; empty takes the newest."""
+    digest: str = ""
+    """When given, the base's files must have this digest (`weft init --base DIR` prints it)."""
+
+    def __post_init__(self) -> None:
+        if not self.source.strip():
+            raise UsageError("base.source is empty", hint="name a model directory or a Hub id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticsSection:
+    """What workers send beside an update."""
+
+    fisher_examples: int = 64
+    """Sequences that the diagonal Fisher is taken over; used when merge.rule is fisher."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.fisher_examples <= 1_000_000:
+            raise UsageError(
+                f"statistics.fisher_examples is {self.fisher_examples}", hint="use at least 1, for example 64"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFile:
+    """A run, as the operator describes it."""
+
+    run: RunSection
+    """The run itself."""
+    base: BaseSection
+    """The frozen base."""
+    task: TaskSettings = TaskSettings()
+    """What the model learns."""
+    topology: Topology = Topology()
+    """Modules and paths: levels × experts."""
+    inner: InnerSettings = InnerSettings()
+    """What a worker does between two merges."""
+    rounds: RoundPolicy = RoundPolicy()
+    """When a round closes."""
+    merge: MergeSettings = MergeSettings()
+    """How updates become one movement."""
+    outer: OuterSettings = OuterSettings()
+    """How the movement becomes the next version."""
+    codec: CodecSettings = field(default_factory=CodecSettings)
+    """How updates are encoded."""
+    statistics: StatisticsSection | None = None
+    """What workers send beside an update."""
+    gate: GateSettings = GateSettings()
+    """Held-out evaluation before a version is published."""
+
+    def __post_init__(self) -> None:
+        if self.topology.kind is Kind.FULL:
+            raise RunFileError(
+                'topology.kind = "full" cannot be trained by this version',
+                hint='set topology.kind = "lora"; a high topology.lora.rank comes close',
+            )
+        if any(count > 1 for count in self.topology.experts):
+            raise RunFileError(
+                f"topology.experts is {list(self.topology.experts)}, and several experts in a level need a router",
+                hint=f"set topology.experts = {[1] * len(self.topology.experts)}",
+            )
+        if self.statistics is not None and self.merge.rule is not MergeRuleName.FISHER:
+            raise RunFileError(
+                f"statistics.fisher_examples is set and merge.rule is {self.merge.rule.value!r}",
+                hint='set merge.rule = "fisher", or remove [statistics]',
+            )
+        lora_space(self.merge, self.outer)
+
+    @property
+    def name(self) -> RunId:
+        """The run's name."""
+        return run_id(self.run.name)
+
+    @property
+    def fisher_examples(self) -> int:
+        """Sequences for the Fisher; 0 when the rule does not need it."""
+        if self.merge.rule is not MergeRuleName.FISHER:
+            return 0
+        return (self.statistics or StatisticsSection()).fisher_examples
+
+    def recipe(self, base: BasePin) -> Recipe:
+        """The part that workers follow, over a pinned base."""
+        return Recipe(
+            run=self.name,
+            base=base,
+            task=self.task,
+            topology=self.topology,
+            inner=self.inner,
+            codec=self.codec,
+            fisher=FisherSettings(num_examples=self.fisher_examples),
+            num_rounds=self.rounds.count,
+            idle_s=self.run.idle_s,
+        )
+
+
+def load_run_file(path: Path) -> RunFile:
+    """Read and check a run file; relative paths in it become relative to its directory.
+
+    Raises:
+        RunFileError: Not readable, not TOML, an unknown key, a wrong type or value, or a combination that cannot work.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunFileError(f"{path}: {error.strerror}", hint="weft init writes a run file") from error
+    if len(data) > RUN_FILE_BYTES_MAX:
+        raise RunFileError(f"{path} is larger than a run file can be")
+    try:
+        return _resolved(parse_run_file(data.decode()), path.parent)
+    except UnicodeDecodeError as error:
+        raise RunFileError(f"{path} is not UTF-8: {error}") from error
+    except (OSError, ValueError) as error:
+        # Too long, or with a character that no path has.
+        raise RunFileError(f"{path}: base.source or gate.heldout cannot be a path: {error}") from error
+    except UsageError as error:
+        raise RunFileError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def parse_run_file(text: str) -> RunFile:
+    """Read a run file's text; raises RunFileError."""
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        # Beside TOMLDecodeError: a number of thousands of digits, brackets thousands deep.
+        raise RunFileError(f"not TOML: {error}") from error
+    return from_table(RunFile, table)
+
+
+def _resolved(run_file: RunFile, directory: Path) -> RunFile:
+    """A copy in which a local base and the held-out data are absolute."""
+    source, heldout = run_file.base.source, run_file.gate.heldout
+    if (directory / source).exists() or source.startswith((".", "/")):
+        source = str((directory / source).resolve())
+    if heldout:
+        heldout = str((directory / heldout).resolve())
+        if not Path(heldout).exists():
+            raise RunFileError(
+                f"gate.heldout: there is no {heldout}",
+                hint="name a file of the training formats, or remove the key",
+            )
+    return dataclasses.replace(
+        run_file,
+        base=dataclasses.replace(run_file.base, source=source),
+        gate=dataclasses.replace(run_file.gate, heldout=heldout),
+    )
+
+
+def dump_run_file(run_file: RunFile) -> str:
+    """The run file as TOML without comments, every value written out."""
+    return _toml(to_table(run_file))
+
+
+def template(*, name: str, source: str, digest: str = "") -> str:
+    """A commented run file that runs as it is; every key, with its meaning and its default."""
+    lines = ["# A Weft run. Every key is here with its default; remove what you do not change.", ""]
+    values = RunFile(
+        run=RunSection(name=name), base=BaseSection(source=source, digest=digest), gate=GateSettings()
+    )
+    docs = field_docs(RunFile)
+    for section in dataclasses.fields(RunFile):
+        value = getattr(values, section.name)
+        if section.name == "statistics":
+            value = StatisticsSection()
+        lines += [
+            f"# {docs[section.name]}",
+            *_section(section.name, value, commented=section.name == "statistics"),
+            "",
+        ]
+    lines += [*_section("merge.ties", TiesParameters(), commented=True), ""]
+    lines += _section("merge.fisher", FisherParameters(), commented=True)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(name: str, value: Any, *, commented: bool = False) -> list[str]:
+    docs = field_docs(type(value))
+    mark = "# " if commented else ""
+    lines = [f"{mark}[{name}]"]
+    later: list[str] = []
+    for item in dataclasses.fields(value):
+        current = getattr(value, item.name)
+        if dataclasses.is_dataclass(current):
+            later += ["", *_section(f"{name}.{item.name}", current, commented=commented)]
+        elif current is not None:
+            lines += _comment(docs.get(item.name, ""))
+            lines.append(f"{mark}{item.name} = {_toml_value(to_table(current))}")
+        elif item.name not in ("ties", "fisher"):
+            lines += _comment(docs.get(item.name, ""))
+    return lines + later
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text.replace("``", ""), 100, break_on_hyphens=False)]
+
+
+def _toml(table: dict[str, Any], prefix: str = "") -> str:
+    scalars = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    tables = [
+        f"[{prefix}{key}]\n{_toml(value, f'{prefix}{key}.')}"
+        for key, value in table.items()
+        if isinstance(value, dict)
+    ]
+    return "\n".join([*scalars, *tables]) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's; TOML wants one more character escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
