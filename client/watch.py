@@ -70,12 +70,17 @@ def steps(before: Status | None, after: Status) -> list[str]:
         for module in run.modules
     }
     return [
-        f"{run.run_id} {module.module} round {module.round.round_number} of {run.num_rounds}: "
-        f"{module.round.state.name.lower().replace('_', ' ')}: {module.round.reason}"
+        f"{run.run_id} {module.module} round {module.round.round_number} of {run.num_rounds}: {_said(module.round)}"
         for run in after.runs
         for module in run.modules
         if old.get((module.run_id, module.module)) != _step(module.round)
     ]
+
+
+def _said(round_: RoundStatus) -> str:
+    """State and reason; reasons of an end begin with it."""
+    state = round_.state.name.lower().replace("_", " ")
+    return round_.reason if round_.reason.startswith(state) else f"{state}: {round_.reason}"
 
 
 def _step(round_: RoundStatus) -> tuple[int, RoundState, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import inspect
 import itertools
 import textwrap
@@ -43,7 +44,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], *, where: str = "") -> T:
     for key in table:
         if key not in fields:
             raise _unknown_key(key, sorted(fields), where)
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cast("Any", cls))
     values = {key: _convert(hints[key], value, _dotted(where, key)) for key, value in table.items()}
     for name, field in fields.items():
         if (
@@ -93,6 +94,12 @@ def field_docs(cls: type[Any]) -> dict[str, str]:
         ):
             docs[field.target.id] = " ".join(below.value.value.split())
     return docs
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    # Evaluating them costs more than reading a record, and a ledger has many thousands.
+    return typing.get_type_hints(cls)
 
 
 def _dotted(where: str, key: str) -> str:

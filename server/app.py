@@ -43,7 +43,8 @@ from weft.server.store.ledger import Ledger, StateLock
 logger = logging.getLogger(__name__)
 
 TICK_S: Final = 0.5
-SERVICE_THREADS: Final = 8
+STATE_THREADS: Final = 4
+BLOB_THREADS: Final = 8
 GRACE_S: Final = 2.0
 RENEW_S: Final = 3600.0
 DRAIN_S: Final = 60.0
@@ -186,9 +187,16 @@ async def run_service(
     _on_signals(lambda: now.set() if stop.is_set() else stop.set())
     credentials = None if options.insecure else lambda: (identity.leaf.chain_pem, identity.leaf.key_pem)
     async with contextlib.AsyncExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(SERVICE_THREADS, thread_name_prefix="service"))
+        # Two pools, so that moving bytes never holds up the reports that keep leases alive.
+        state = stack.enter_context(ThreadPoolExecutor(STATE_THREADS, thread_name_prefix="state"))
+        blobs = stack.enter_context(ThreadPoolExecutor(BLOB_THREADS, thread_name_prefix="blobs"))
         server = await serve(
-            coordinator, state=pool, blobs=pool, host=options.host, port=options.port, credentials=credentials
+            coordinator,
+            state=state,
+            blobs=blobs,
+            host=options.host,
+            port=options.port,
+            credentials=credentials,
         )
         stack.push_async_callback(server.stop, GRACE_S)
         address = f"{options.advertise or _own_address(options.host)}:{server.port}"

@@ -531,8 +531,7 @@ class Coordinator:
         with self._lock:
             wanted = ModuleRef.parse(ref)
             run = self._run(caller, wanted.run)
-            documents = self._ledger.documents("version")
-            manifests = tuple(documents[_version_key(version)] for version in run.resolve(wanted))
+            manifests = tuple(self._manifest(version) for version in run.resolve(wanted))
             return ResolvedModule(
                 recipe=run.recipe_signed,
                 manifests=manifests,
@@ -544,11 +543,13 @@ class Coordinator:
         """A module's lineage, or all modules'; raises NotFound."""
         with self._lock:
             run = self._run(caller, run_id)
-            documents = self._ledger.documents("version")
             keys = [key for key in sorted(run.versions) if not module or str(key) == module]
             if not keys:
                 raise NotFound(f"{run_id} has no module {module}", hint=f"weft modules list --run {run_id}")
-            return tuple(documents[_version_key(version)] for key in keys for version in run.versions[key])
+            return tuple(self._manifest(version) for key in keys for version in run.versions[key])
+
+    def _manifest(self, version: VersionRecord) -> Signed:
+        return self._ledger.document("version", version_key(version))
 
     # ---- status --------------------------------------------------------------------------------------------------
 
@@ -661,18 +662,25 @@ class Coordinator:
             return
         with self._lock:
             self._jobs.discard((run.record.run, round_.module))
-            error = done.exception()
-            if isinstance(error, WeftError):
-                if not self._draining:
-                    self._job_failed(run, round_, error)
-            elif error is not None:
-                logger.error("engine job of %s/%s failed", run.record.run, round_.module, exc_info=error)
-            elif round_.state is RoundState.MERGING:
-                self._merged(run, round_, done.result())
-            else:
-                result = gate.decide(**done.result()["losses"], tolerance=run.run_file.gate.tolerance)
-                self._gated(run, round_, result)
+            try:
+                self._take_result(run, round_, done)
+            except StorageError as error:
+                # A full disk, most likely: the round is as it was, and the next tick gives its job again.
+                logger.error("%s/%s is tried again: %s", run.record.run, round_.module, error)
         self._notify()
+
+    def _take_result(self, run: Run, round_: Round, done: Future[dict[str, Any]]) -> None:
+        error = done.exception()
+        if isinstance(error, WeftError):
+            if not self._draining:
+                self._job_failed(run, round_, error)
+        elif error is not None:
+            logger.error("engine job of %s/%s failed", run.record.run, round_.module, exc_info=error)
+        elif round_.state is RoundState.MERGING:
+            self._merged(run, round_, done.result())
+        else:
+            result = gate.decide(**done.result()["losses"], tolerance=run.run_file.gate.tolerance)
+            self._gated(run, round_, result)
 
     def _job_failed(self, run: Run, round_: Round, error: WeftError) -> None:
         if isinstance(error, DiskFull):
@@ -685,7 +693,7 @@ class Coordinator:
             self._gated(
                 run,
                 round_,
-                GateResult(passed=False, reason=f"the gate could not evaluate: {error.message}"),
+                GateResult(passed=False, reason=f"rolled back: the gate could not evaluate: {error.message}"),
             )
 
     def _merged(self, run: Run, round_: Round, result: dict[str, Any]) -> None:
@@ -997,7 +1005,7 @@ class Coordinator:
         self._owning.append((blob, (kind, run)))
 
     def _write_version(self, version: VersionRecord, document: Signed) -> None:
-        key = _version_key(version)
+        key = version_key(version)
         self._ledger.put("version", key, version, run=version.run)
         self._ledger.put_document("version", key, document, run=version.run)
         self._own(version.digest, "version", version.run)
@@ -1068,7 +1076,8 @@ def _version(
     )
 
 
-def _version_key(version: VersionRecord) -> str:
+def version_key(version: VersionRecord) -> str:
+    """How the ledger names a version and its manifest."""
     return f"{version.run}/{version.module}/{version.version:08d}"
 
 

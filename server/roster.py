@@ -104,8 +104,7 @@ class Roster:
             TooManyAttempts: Too many wrong proofs from this address.
             AccessError: The statement is not signed by the key that it names.
         """
-        address = peer.rsplit(":", 1)[0]
-        self._limit(address)
+        self._limit(peer)
         claim = _read_join(statement)
         request_digest = hashlib.sha256(statement.payload).digest()
         record = self._record(token_id)
@@ -118,7 +117,7 @@ class Roster:
                 record, self._identity.pin, request_digest, proof, _datetime(self._clock.now())
             )
         except AccessError:
-            self._wrong[address].append(self._clock.monotonic())
+            self._wrong[peer].append(self._clock.monotonic())
             raise
         worker = WorkerRecord(
             worker_id=self._new_id(claim.public_key),

@@ -326,6 +326,8 @@ def _bind_error(host: str, port: int) -> WeftError:
         if error.errno != errno.EADDRINUSE:
             cause = error.strerror or error
             return UsageError(
-                f"cannot listen on {host}:{port}: {cause}", hint="choose another --host or --port"
+                f"cannot listen on {host}:{port}: {cause}", hint="choose another --listen HOST:PORT"
             )
-    return PortTaken(f"{host}:{port} is in use", hint="stop what uses it, or choose another --port")
+    return PortTaken(
+        f"{host}:{port} is in use", hint="stop what uses it, or choose another --listen HOST:PORT"
+    )

@@ -20,7 +20,7 @@ from weft.common.manifest import VersionManifest, open_version, parse_json
 from weft.common.recipe import RECIPE_TYPE, Recipe
 from weft.common.settings import from_table
 from weft.common.statements import STATEMENT_BYTES_MAX
-from weft.server.coordinator import merge_job
+from weft.server.coordinator import merge_job, version_key
 from weft.server.engine import Engine
 from weft.server.records import RunRecord, Traffic, VersionRecord
 from weft.server.rounds import Round
@@ -53,9 +53,14 @@ def verify(state: Path, ref: ModuleRef, engine: Engine) -> list[Verified]:
     try:
         public = SigningKey.load(state / "identity" / "signing.pem").public
         run = read_run(ledger, ref, public)
-        documents = ledger.documents("version")
         return [
-            _verify_version(run, version, open_version(documents[_key(version)], public), blobs, engine)
+            _verify_version(
+                run,
+                version,
+                open_version(ledger.document("version", version_key(version)), public),
+                blobs,
+                engine,
+            )
             for version in run.resolve(ref)
         ]
     finally:
@@ -67,7 +72,7 @@ def read_run(ledger: Ledger, ref: ModuleRef, public: bytes) -> Run:
     record = ledger.all("run", RunRecord).get(ref.run)
     if record is None:
         raise NotFound(f"the ledger has no run {ref.run}", hint="weft runs list")
-    signed = ledger.documents("recipe")[ref.run]
+    signed = ledger.document("recipe", ref.run)
     recipe = from_table(Recipe, parse_json(signed.open(public, RECIPE_TYPE), STATEMENT_BYTES_MAX))
     run = Run(
         record=record,
@@ -129,10 +134,6 @@ def _recompute(
             f"{name}: recomputed {found[:12]}…, published {manifest.content_digest[:12]}…",
             hint="another processor or torch version may round differently; a change of the updates shows the same",
         )
-
-
-def _key(version: VersionRecord) -> str:
-    return f"{version.run}/{version.module}/{version.version:08d}"
 
 
 def _sha256(path: Path) -> str:

@@ -174,7 +174,7 @@ def _run_file(name: str, scale: Scale) -> str:
         f'[run]\nname = "{name}"',
         f"[base]\nsource = {json.dumps(str(BASE))}",
         "[topology.lora]\nrank = 8\nalpha = 16",
-        f"[inner]\nsteps = {scale.num_steps}\nbatch_size = 8\nsequence_length = 128\nlearning_rate = 3e-3\nwarmup_steps = 5",
+        f"[inner]\nsteps = {scale.num_steps}\nlearning_rate = 3e-3\nwarmup_steps = 5",
         f"[rounds]\ncount = {scale.num_rounds}\nquorum = {workers}\ntarget = {workers}",
         f'[merge]\nrule = "{name if merged else "mean"}"',
         '[codec]\nkind = "ternary"\ndensity = 0.2',

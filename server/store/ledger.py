@@ -166,6 +166,18 @@ class Ledger:
             (kind, key, run, document.payload, document.payload_type, document.signature, document.key_id),
         )
 
+    def document(self, kind: str, key: str) -> Signed:
+        """One signed document; raises CorruptState when it is missing, since rows name it."""
+        with translated(self.path):
+            row = self._db.execute(
+                "SELECT payload, payload_type, signature, key_id FROM documents WHERE kind = ? AND key = ?",
+                (kind, key),
+            ).fetchone()
+        if row is None:
+            raise CorruptState(f"{self.path}: the {kind} document {key} is missing")
+        payload, payload_type, signature, key_id = row
+        return Signed(payload=payload, payload_type=payload_type, signature=signature, key_id=key_id)
+
     def documents(self, kind: str) -> dict[str, Signed]:
         """All signed documents of a kind, by key."""
         with translated(self.path):
