@@ -46,6 +46,40 @@ Insecure = Annotated[
     bool, typer.Option("--insecure", help="Without TLS; a coordinator on this machine only.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON, for scripts.")]
+JoinAddress = Annotated[
+    str | None,
+    typer.Argument(metavar="[HOST:PORT]", help="The coordinator; none resumes the one joined before."),
+]
+JoinTokenText = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[TOKEN]", help="Join token, a file that holds it, or - for stdin. Or WEFT_JOIN_TOKEN."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Training data: .txt, .jsonl, .parquet, a saved data set, or a directory of these."),
+]
+State = Annotated[Path | None, typer.Option(help="This worker's directory (default: below ~/.weft).")]
+Name = Annotated[str | None, typer.Option(help="What others see (default: the host's name).")]
+DeviceKind = Annotated[
+    str | None,
+    typer.Option(help="Default: the best there is.", click_type=click.Choice(["cpu", "cuda", "mps"])),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the frozen base.", click_type=click.Choice(["float32", "bfloat16"]))
+]
+Quantise = Annotated[
+    str | None,
+    typer.Option(help="Load the frozen base in 4 bits, on CUDA.", click_type=click.Choice(["4bit"])),
+]
+Base = Annotated[
+    Path | None, typer.Option(help="Directory of the base, if it is here already; its digest is checked.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads to use.")]
+ExitWhenFinished = Annotated[
+    bool, typer.Option("--exit-when-finished", help="Leave when all runs are finished.")
+]
 OneRun = Annotated[str, typer.Option("--run", help="Only this run.")]
 
 
@@ -71,45 +105,18 @@ def register(app: typer.Typer) -> None:
 
 
 def join(
-    address: Annotated[
-        str | None,
-        typer.Argument(metavar="[HOST:PORT]", help="The coordinator; none resumes the one joined before."),
-    ] = None,
-    token: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[TOKEN]", help="Join token, a file that holds it, or - for stdin. Or WEFT_JOIN_TOKEN."
-        ),
-    ] = None,
+    address: JoinAddress = None,
+    token: JoinTokenText = None,
     *,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            help="Training data: .txt, .jsonl, .parquet, a saved data set, or a directory of these."
-        ),
-    ] = None,
-    state: Annotated[
-        Path | None, typer.Option(help="This worker's directory (default: below ~/.weft).")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="What others see (default: the host's name).")] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Default: the best there is.", click_type=click.Choice(["cpu", "cuda", "mps"])),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the frozen base.", click_type=click.Choice(["float32", "bfloat16"]))
-    ] = None,
-    quantise: Annotated[
-        str | None,
-        typer.Option(help="Load the frozen base in 4 bits, on CUDA.", click_type=click.Choice(["4bit"])),
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="Directory of the base, if it is here already; its digest is checked.")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to use.")] = None,
-    exit_when_finished: Annotated[
-        bool, typer.Option("--exit-when-finished", help="Leave when all runs are finished.")
-    ] = False,
+    data: Data = None,
+    state: State = None,
+    name: Name = None,
+    device: DeviceKind = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
+    base: Base = None,
+    threads: Threads = None,
+    exit_when_finished: ExitWhenFinished = False,
     insecure: Insecure = False,
 ) -> None:
     """Work for a coordinator until stopped. Your data stays on this machine.
@@ -550,11 +557,8 @@ def evaluate(
     sequence_length: Annotated[
         int | None, typer.Option(min=8, help="Tokens per window (default: the run's).")
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="Default: the best there is.", click_type=click.Choice(["cpu", "cuda", "mps"])),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to use.")] = None,
+    device: DeviceKind = None,
+    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well adapters, or bare bases, predict text: bits per byte, and loss per token.

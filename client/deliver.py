@@ -25,7 +25,7 @@ from weft.common.errors import UsageError
 from weft.common.export import model_card, write_hf, write_peft
 from weft.common.ids import ModuleRef
 from weft.common.manifest import VersionManifest
-from weft.common.recipe import TaskKind
+from weft.common.recipe import Recipe, TaskKind
 
 
 class Coordinator(Published, Source, Protocol):
@@ -116,26 +116,13 @@ def deliver(
     check_whole(resolved)
     cache = home.root / "pulls"
     tensors = fetch(coordinator, resolved, cache, progress)
-    recipe = resolved.recipe
-    named = base_name(recipe)
+    recipe, named, files = resolved.recipe, base_name(resolved.recipe), documents(resolved)
+    ancestors = lineage_lines(_ancestors(coordinator, resolved, ca_pem))
     card = model_card(
-        title=str(ref),
-        recipe=recipe,
-        base_name=named,
-        lineage=lineage_lines(_ancestors(coordinator, resolved, ca_pem)),
-        is_adapter=not merged,
+        title=str(ref), recipe=recipe, base_name=named, lineage=ancestors, is_adapter=not merged
     )
-    files = documents(resolved)
     if merged:
-        directory = find_base(
-            recipe.base,
-            given=base,
-            cache=home.base_directory(recipe.base.digest),
-            source=coordinator,
-            idle_s=recipe.idle_s,
-            progress=progress,
-            pause=time.sleep,
-        )
+        directory = _find_base(coordinator, recipe, home, base, progress)
         write_hf(to, directory, recipe, tensors, card=card, extra_files=files)
     else:
         write_peft(to, recipe, tensors, card=card, base_name=named, extra_files=files)
@@ -143,6 +130,18 @@ def deliver(
         (cache / manifest.content_digest).unlink(missing_ok=True)
     return Delivered(
         to=to, resolved=resolved, merged=merged, base=str(base or recipe.base.hub_id or "BASE DIRECTORY")
+    )
+
+
+def _find_base(source: Source, recipe: Recipe, home: Home, given: Path | None, progress: Progress) -> Path:
+    return find_base(
+        recipe.base,
+        given=given,
+        cache=home.base_directory(recipe.base.digest),
+        source=source,
+        idle_s=recipe.idle_s,
+        progress=progress,
+        pause=time.sleep,
     )
 
 

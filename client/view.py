@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from weft.client.heartbeat import TaskProgress
 from weft.client.loop import Action, Phase
 from weft.client.watch import size
-from weft.client.worker import TaskProgress
 from weft.common.protocol import Stage
 
 _UPDATE_S: Final = 0.1

@@ -15,7 +15,6 @@ coordinator says that the task is over; training then ends after its current ste
 
 from __future__ import annotations
 
-import functools
 import logging
 import statistics
 import threading
@@ -29,6 +28,8 @@ from blake3 import blake3
 from weft.client.bases import find_base
 from weft.client.data import TokenDataset, load_dataset
 from weft.client.device import Device, available_bytes, check_memory, needed_bytes
+from weft.client.heartbeat import Heartbeat, Reports, TaskProgress
+from weft.client.kept import RunOnWorker
 from weft.client.loop import (
     UNTRAINED,
     Action,
@@ -39,20 +40,15 @@ from weft.client.loop import (
     Phase,
     Polled,
     StopRequested,
-    Told,
     after,
     next_action,
 )
 from weft.client.trainer.training import StepReport, Trainer, TrainResult
 from weft.common.blobs import storage_errors
-from weft.common.codec import CODECS, ErrorFeedback, encode_update
+from weft.common.codec import encode_update
 from weft.common.composition import Quantisation, ResidentBase, describe
 from weft.common.errors import (
-    AccessError,
     CorruptState,
-    SessionExpired,
-    SubmissionRefused,
-    TensorFileError,
     UpdateRejected,
     WeftError,
 )
@@ -66,7 +62,6 @@ from weft.common.protocol import (
     LossPoint,
     ModuleStart,
     PollAnswer,
-    ProgressAnswer,
     Receipt,
     Session,
     Stage,
@@ -76,13 +71,10 @@ from weft.common.protocol import (
 from weft.common.recipe import RECIPE_TYPE, Recipe, TaskSettings
 from weft.common.settings import from_table, to_table
 from weft.common.statements import UPDATE_TYPE, UpdateOfModule, UpdateStatement
-from weft.common.tensors import Float32Array, TensorFile, open_module, to_float32, write_tensors
+from weft.common.tensors import Float32Array, open_module, to_float32
 
 logger = logging.getLogger(__name__)
 
-REPORTS_PER_LEASE: Final = 5
-"""Reports within the time after which silence loses a lease."""
-LOSSES_PER_REPORT: Final = 100
 VERSIONS_KEPT: Final = 8
 RECIPE_BYTES_MAX: Final = 4 << 20
 AT_ONCE_S: Final = 0.5
@@ -94,7 +86,7 @@ _WITHOUT_TRAINING: Final = UNTRAINED | {Phase.CONNECTING, Phase.POLLING}
 Progress = Callable[[int, int], None]
 
 
-class Calls(Protocol):
+class Calls(Reports, Protocol):
     """What a worker needs of the transport."""
 
     def open_session(self, worker_id: WorkerId, signing_key: SigningKey, pin: bytes) -> Session:
@@ -104,18 +96,6 @@ class Calls(Protocol):
         self, *, wait_s: float, unable: tuple[Unable, ...] = ..., tokens_per_s: float = ...
     ) -> PollAnswer:
         """Get work."""
-
-    def report_progress(
-        self,
-        *,
-        lease_token: str,
-        stage: Stage,
-        num_done: int,
-        num_total: int,
-        tokens_per_s: float = ...,
-        losses: tuple[LossPoint, ...] = ...,
-    ) -> ProgressAnswer:
-        """Keep the lease."""
 
     def submit_update(self, *, lease_token: str, statement: Signed) -> Receipt:
         """Hand in updates whose blobs were sent."""
@@ -157,19 +137,6 @@ class View(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TaskProgress:
-    """How far a task is."""
-
-    stage: Stage
-    num_done: int = 0
-    num_total: int = 0
-    loss: float | None = None
-    """Of the last step."""
-    tokens_per_s: float = 0.0
-    """Of training; 0 when not known yet."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """Who works, with what, where: fixed for the life of a worker."""
 
@@ -193,126 +160,6 @@ class Setup:
 
 class _Halted(Exception):
     """Breaks off what is under way."""
-
-
-class Heartbeat:
-    """Reports a task's progress until the lease is over; its thread lives as long as the task is in hand."""
-
-    def __init__(self, calls: Calls, task: Task) -> None:
-        self.verdict: Event | None = None
-        """What ended the task, once something did."""
-        self._calls = calls
-        self._task = task
-        self._lock = threading.Lock()
-        self._progress = TaskProgress(stage=Stage.FETCHING)
-        self._losses: list[LossPoint] = []
-        self._due = threading.Event()
-        self._over = False
-        self._thread = threading.Thread(target=self._run, name="weft-heartbeat", daemon=True)
-        self._thread.start()
-
-    def reached(self, progress: TaskProgress, losses: Sequence[LossPoint] = ()) -> None:
-        """Take note of progress; a new stage is reported at once."""
-        with self._lock:
-            new_stage = progress.stage is not self._progress.stage
-            self._progress = progress
-            self._losses = [*self._losses, *losses][-LOSSES_PER_REPORT:]
-        if new_stage:
-            self._due.set()
-
-    def end(self) -> None:
-        """Report no more."""
-        self._over = True
-        self._due.set()
-        self._thread.join()
-
-    def beat(self) -> None:
-        """Report once."""
-        with self._lock:
-            progress, losses = self._progress, tuple(self._losses)
-        answer = self._calls.report_progress(
-            lease_token=self._task.lease_token,
-            stage=progress.stage,
-            num_done=progress.num_done,
-            num_total=progress.num_total,
-            tokens_per_s=progress.tokens_per_s,
-            losses=losses,
-        )
-        with self._lock:
-            self._losses = [loss for loss in self._losses if loss not in losses]
-        if answer.stop:
-            self.verdict = Told(answer.reason)
-
-    def _run(self) -> None:
-        while self.verdict is None:
-            self._due.wait(self._task.lease_s / REPORTS_PER_LEASE)
-            self._due.clear()
-            if self._over:
-                return
-            try:
-                self.beat()
-            except SessionExpired as error:
-                logger.debug("no report: %s", error)
-            except (SubmissionRefused, AccessError) as error:
-                self.verdict = Failed(error)
-            except WeftError as error:
-                # A coordinator that restarts arms all leases anew: nothing is lost by trying again.
-                logger.debug("no report: %s", error)
-
-
-@dataclass(slots=True)
-class RunOnWorker:
-    """What a worker keeps in memory of a run."""
-
-    recipe: Recipe
-    recipe_digest: Digest
-    base_dir: Path
-    state: Path
-    """What is kept of it on disk."""
-    schemas: Mapping[ModuleKey, Schema] = field(default_factory=dict)
-    trainer: Trainer | None = None
-    num_batches: int = 0
-    """Batches in accepted updates."""
-    optimiser_states: dict[ModuleKey, dict[str, Float32Array]] = field(default_factory=dict)
-    residuals: dict[ModuleKey, ErrorFeedback] = field(default_factory=dict)
-
-    def recall(self) -> None:
-        """Take up what an earlier process of this worker saved; what is damaged starts afresh."""
-        for key, schema in self.schemas.items():
-            optimiser, residual = self.state / f"{key}.optimiser", self.state / f"{key}.residual"
-            try:
-                if optimiser.exists():
-                    self.optimiser_states[key] = _read_optimiser(optimiser, schema)
-                if residual.exists():
-                    self.residuals[key] = ErrorFeedback.load(residual, schema)
-            except TensorFileError as error:
-                logger.warning("module %s of %s starts afresh: %s", key, self.recipe.run, error)
-        batches = self.state / "batches"
-        text = batches.read_text() if batches.exists() else ""
-        self.num_batches = int(text) if text.strip().isdecimal() else 0
-
-    def advance(
-        self,
-        result: TrainResult,
-        corrected: Mapping[ModuleKey, Mapping[str, Float32Array]],
-        updates: Mapping[ModuleKey, Path],
-    ) -> None:
-        """The update was accepted: AdamW's state, the residual and the position in the data move on and are saved.
-
-        Raises:
-            DiskFull, StorageError: They cannot be saved.
-        """
-        self.num_batches += result.num_steps
-        self.optimiser_states |= result.optimiser_states
-        private_directory(self.state)
-        with storage_errors(self.state):
-            for key, state in result.optimiser_states.items():
-                _write_whole(self.state / f"{key}.optimiser", functools.partial(_write_arrays, state))
-            for key in result.deltas if CODECS[self.recipe.codec.kind].sparse else ():
-                residual = self.residuals.setdefault(key, ErrorFeedback(self.schemas[key]))
-                residual.keep(corrected[key], updates[key])
-                residual.save(self.state / f"{key}.residual")
-            _write_whole(self.state / "batches", lambda path: path.write_text(f"{self.num_batches}\n"))
 
 
 @dataclass(slots=True)
@@ -514,20 +361,24 @@ class Worker:
         self._view.progress(progress)
 
     def _on_bytes(self, stage: Stage) -> Progress:
-        """Progress of a transfer, which breaks it off where need be."""
+        """Progress of one transfer after another, which breaks them off where need be."""
+        before = last = 0
 
         def on_bytes(num_done: int, num_total: int) -> None:
-            self._reached(stage, num_done, num_total)
+            nonlocal before, last
+            # A new transfer counts from zero: what is reported must grow, or it is no progress.
+            before, last = before + (last if num_done < last else 0), num_done
+            self._reached(stage, before + num_done, before + num_total)
             self._check_halt()
 
         return on_bytes
 
     def _fetch(self, work: TaskInHand) -> None:
         self._reached(Stage.FETCHING)
-        work.run = self._run_of(work.task)
+        on_bytes = self._on_bytes(Stage.FETCHING)
+        work.run = self._run_of(work.task, on_bytes)
         directory = self._me.state / "versions"
         private_directory(directory)
-        on_bytes = self._on_bytes(Stage.FETCHING)
         for start in work.task.modules:
             work.versions[ModuleKey.parse(start.module)] = self._calls.download(
                 start.blake3,
@@ -538,7 +389,7 @@ class Worker:
             )
         _keep_newest(directory, set(work.versions.values()))
 
-    def _run_of(self, task: Task) -> RunOnWorker:
+    def _run_of(self, task: Task, on_bytes: Progress) -> RunOnWorker:
         """The run with its recipe verified and its base on this machine."""
         known = self._runs.get(task.run_id)
         if known is not None and known.recipe_digest == task.recipe_blake3:
@@ -549,12 +400,11 @@ class Worker:
             raise CorruptState(f"the recipe of run {task.run_id} is not the one that the task names")
         # A run that began anew under an old name has another recipe: nothing of the old one may be taken up.
         state = self._me.state / "runs" / f"{recipe.run}-{task.recipe_blake3[:8]}"
-        run = RunOnWorker(recipe, task.recipe_blake3, self._base_dir(recipe), state)
+        run = RunOnWorker(recipe, task.recipe_blake3, self._base_dir(recipe, on_bytes), state)
         self._runs[task.run_id] = run
         return run
 
-    def _base_dir(self, recipe: Recipe) -> Path:
-        on_bytes = self._on_bytes(Stage.FETCHING)
+    def _base_dir(self, recipe: Recipe, on_bytes: Progress) -> Path:
         return find_base(
             recipe.base,
             given=self._me.base,
@@ -761,23 +611,3 @@ def _keep_newest(directory: Path, keep: set[Path]) -> None:
         for path in by_age[VERSIONS_KEPT:]:
             if path not in keep:
                 path.unlink()
-
-
-def _write_arrays(arrays: Mapping[str, Float32Array], path: Path) -> None:
-    write_tensors(path, arrays)
-
-
-def _read_optimiser(path: Path, schema: Schema) -> dict[str, Float32Array]:
-    """AdamW's state of a module, as its trainer gave it; raises TensorFileError when it is another module's."""
-    with TensorFile(path) as file:
-        state = {name: file.array(name).copy() for name in file.header.entries}
-    if {name.partition("/")[2] for name in state} != {spec.name for spec in schema.tensors}:
-        raise TensorFileError(f"{path.name} is not of this module")
-    return state
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file wholly or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    write(partial)
-    partial.replace(path)

@@ -112,6 +112,7 @@ def opened_state(options: ServeOptions, engine: Engine | None = None) -> Iterato
         identity = CoordinatorIdentity.create_or_load(state / "identity", _names(options), datetime.now(UTC))
         operator = SigningKey.create_or_load(state / "operator.key")
         ledger = Ledger(state / "ledger.db")
+        stack.callback(ledger.close)
         roster = Roster(ledger, identity, clock)
         roster.admit_operator(operator.public)
         engine = engine or EngineProcess()
@@ -174,17 +175,33 @@ def _check_pin(run_file: RunFile, base: BasePin) -> None:
         )
 
 
+def on_signals(stop: Callable[[], None]) -> None:
+    """Call ``stop`` at SIGINT and SIGTERM; only in the main thread."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+
+
 async def run_service(
     opened: Opened,
     options: ServeOptions,
     *,
     say: Callable[[str], None],
     ready: Callable[[int], None] = lambda _port: None,
+    on_stop: Callable[[Callable[[], None]], None] = on_signals,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; the first drains, a second stops at once."""
+    """Serve until it is told to stop; the first time drains, a second one stops at once.
+
+    Args:
+        opened: The state in use.
+        options: Where to listen.
+        say: Takes lines for people.
+        ready: Told the port when it listens.
+        on_stop: Given, on the event loop, what tells the service to stop; SIGINT and SIGTERM do by default.
+    """
     coordinator, identity = opened.coordinator, opened.identity
     stop, now = asyncio.Event(), asyncio.Event()
-    _on_signals(lambda: now.set() if stop.is_set() else stop.set())
+    on_stop(lambda: now.set() if stop.is_set() else stop.set())
     credentials = None if options.insecure else lambda: (identity.leaf.chain_pem, identity.leaf.key_pem)
     async with contextlib.AsyncExitStack() as stack:
         # Two pools, so that moving bytes never holds up the reports that keep leases alive.
@@ -251,12 +268,6 @@ async def _ticking(coordinator: Coordinator, identity: CoordinatorIdentity) -> A
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-def _on_signals(stop: Callable[[], None]) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop)
 
 
 def _announce(

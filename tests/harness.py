@@ -356,7 +356,7 @@ class Worker:
         proof = join_proof(token, hashlib.sha256(statement.payload).digest())
         return {"token_id": token.token_id, "statement": statement, "proof": proof}
 
-    def join(self, token_text: str, *, peer: str = "10.0.0.1:99") -> Any:
+    def join(self, token_text: str, *, peer: str = "10.0.0.1") -> Any:
         joined = self.site.coordinator.join(peer, **self.join_request(token_text))
         self.worker_id = joined.worker_id
         return joined

@@ -19,8 +19,9 @@ import torch
 from tests.tiny import TEXT, tiny_recipe, write_tiny_base
 
 from weft.client.device import Device
+from weft.client.heartbeat import TaskProgress
 from weft.client.loop import INTERRUPTED, Action, Life, Phase, exit_code
-from weft.client.worker import Setup, TaskProgress, Worker, loss_summary, read_module
+from weft.client.worker import Setup, Worker, loss_summary, read_module
 from weft.common.blobs import manifest_of
 from weft.common.codec import CodecKind, CodecSettings, UpdateFile, screen_update, update_bytes_max
 from weft.common.composition import ResidentBase, describe

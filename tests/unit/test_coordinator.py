@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +156,29 @@ def test_a_published_module_can_be_fetched_and_an_update_cannot(open_site: Calla
     assert bare(site.coordinator.get_blob(site.operator, blake3=update.blake3)) == update
 
 
+def test_a_reference_names_a_module_a_path_or_the_whole(open_site: Callable[..., Site]) -> None:
+    site = open_site(
+        run_file("[topology]\nexperts = [1, 1]", rounds="count = 2\nquorum = 1\ntarget = 1"), deferred=True
+    )
+    (a,) = site.workers("a")
+    a.work()
+    site.engine.step()  # type: ignore[attr-defined]
+
+    def versions(ref: str) -> list[tuple[int, int]]:
+        resolved = site.coordinator.resolve_module(a.caller, ref=ref)
+        manifests = [open_version(item, resolved.coordinator_public_key) for item in resolved.manifests]
+        return [(manifest.module.level, manifest.version) for manifest in manifests]
+
+    assert versions("alpha") == [(0, 1), (1, 0)]
+    assert versions("alpha/path:0.0") == [(0, 1), (1, 0)]
+    assert versions("alpha@0") == [(0, 0), (1, 0)]
+    assert versions("alpha/1.0") == [(1, 0)]
+    for ref in ("beta", "alpha/1.0@1", "alpha@7", "alpha/3.0", "alpha/path:0.1", "alpha/path:0"):
+        with pytest.raises(NotFound):
+            versions(ref)
+    assert len(bare(site.coordinator.list_versions(a.caller, run_id="alpha", module=""))) == 3
+
+
 def test_a_base_that_changed_on_disk_is_not_served(open_site: Callable[..., Site]) -> None:
     site = open_site()
     (a,) = site.workers("a")
@@ -240,6 +267,58 @@ def test_two_threads_with_one_statement_get_one_receipt(open_site: Callable[...,
     assert len(receipts) == 8
     assert len({receipt.receipt_blake3 for receipt in receipts}) == 1
     assert len(site.accepted()) == 1
+
+
+class ThreadedEngine:
+    """Jobs run in a thread of their own, as with the real process."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+
+    def submit(self, job: dict[str, Any]) -> Future[dict[str, Any]]:
+        return self._pool.submit(fake_job, job)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+
+
+def test_workers_in_threads_tear_nothing(open_site: Callable[..., Site]) -> None:
+    site = open_site(run_file(rounds="count = 6\nquorum = 2\ntarget = 3\nstraggler_factor = 0"))
+    engine = ThreadedEngine()
+    site.coordinator._engine = engine
+    members = site.workers("a", "b", "c", "d")
+    errors: list[BaseException] = []
+
+    def work(worker: Worker) -> None:
+        try:
+            while not (answer := worker.poll()).finished:
+                if answer.task is not None:
+                    with contextlib.suppress(RoundClosed, LeaseLost):
+                        worker.work(answer.task)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in members]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    engine.close()
+    assert errors == []
+    assert site.run.view.finished
+    digests = [(module, number, worker) for module, number, worker, _ in site.accepted()]
+    assert len(digests) == len(set(digests))
+    assert [record.version for record in site.run.versions[MODULE]] == list(range(7))
+    before = site.accepted()
+    site.restart()
+    assert site.accepted() == before
+
+
+def test_a_coordinator_needs_no_torch() -> None:
+    """It serves in a second, and a crash test costs a fraction of one."""
+    code = "import sys, weft.server.coordinator, weft.server.service; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -822,6 +901,20 @@ def test_a_lease_is_armed_for_a_full_term_after_a_restart(open_site: Callable[..
     site.coordinator.tick()
     a.open_session()
     assert not a.report(task).stop
+
+
+def test_what_was_only_counted_is_written_at_the_end(open_site: Callable[..., Site]) -> None:
+    site = open_site()
+    (a,) = site.workers("a")
+    a.work()
+    site.coordinator.get_chunk(a.caller, blake3=site.run.newest(MODULE).digest, index=0)
+    counted = site.run.traffic
+    assert counted.bytes_up > 0
+    assert counted.bytes_down > 0
+    site.coordinator.close()
+    site.lock.release()
+    site.open()
+    assert site.run.traffic == counted
 
 
 def test_a_restart_sweeps_what_no_one_names(open_site: Callable[..., Site]) -> None:

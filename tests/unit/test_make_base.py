@@ -44,7 +44,7 @@ def _stdlib(root: Path) -> Path:
 def test_made_base_loads_as_any_model_and_has_learnt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="weft")
     make_base(tmp_path / "base", TINY, stdlib=_stdlib(tmp_path / "stdlib"))
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", local_files_only=True)

@@ -133,20 +133,20 @@ def test_wrong_proofs_are_refused_and_soon_not_even_looked_at(site: Site) -> Non
     request = worker.join_request(token)
     for _ in range(WRONG_PROOFS_MAX):
         with pytest.raises(TokenRefused):
-            site.coordinator.join("10.0.0.1:5", **(request | {"proof": bytes(32)}))
+            site.coordinator.join("10.0.0.1", **(request | {"proof": bytes(32)}))
     with pytest.raises(TooManyAttempts):
-        site.coordinator.join("10.0.0.1:6", **request)
-    assert site.coordinator.join("10.0.0.2:5", **request).worker_id
+        site.coordinator.join("10.0.0.1", **request)
+    assert site.coordinator.join("10.0.0.2", **request).worker_id
     site.clock.advance(WRONG_PROOFS_WINDOW_S)
-    assert site.coordinator.join("10.0.0.1:7", **request).worker_id
+    assert site.coordinator.join("10.0.0.1", **request).worker_id
 
 
 def test_an_unknown_token_looks_like_a_wrong_secret(site: Site) -> None:
     worker, token = Worker(site, "w"), site.token()
     with pytest.raises(TokenRefused) as wrong:
-        site.coordinator.join("p:1", **(worker.join_request(token) | {"proof": bytes(32)}))
+        site.coordinator.join("p", **(worker.join_request(token) | {"proof": bytes(32)}))
     with pytest.raises(TokenRefused) as unknown:
-        site.coordinator.join("p:1", **(worker.join_request(token) | {"token_id": "AAAAAA"}))
+        site.coordinator.join("p", **(worker.join_request(token) | {"token_id": "AAAAAA"}))
     assert str(wrong.value) == str(unknown.value)
 
 
@@ -154,7 +154,7 @@ def test_a_proof_serves_no_other_statement(site: Site) -> None:
     token = site.token()
     a, b = Worker(site, "a").join_request(token), Worker(site, "b").join_request(token)
     with pytest.raises(TokenRefused):
-        site.coordinator.join("p:1", **(a | {"statement": b["statement"]}))
+        site.coordinator.join("p", **(a | {"statement": b["statement"]}))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_bytes_that_are_no_join_statement_are_refused(site: Site, payload: bytes
     worker = Worker(site, "w")
     request = worker.join_request(site.token())
     with pytest.raises(WeftError):
-        site.coordinator.join("p:1", **(request | {"statement": Signed.sign(worker.key, JOIN_TYPE, payload)}))
+        site.coordinator.join("p", **(request | {"statement": Signed.sign(worker.key, JOIN_TYPE, payload)}))
     assert site.coordinator.roster.workers == {}
 
 
@@ -172,7 +172,7 @@ def test_a_statement_of_another_key_is_refused(site: Site) -> None:
     request = Worker(site, "w").join_request(site.token())
     forged = Signed.sign(SigningKey.generate(), JOIN_TYPE, request["statement"].payload)
     with pytest.raises(AccessError, match="not signed"):
-        site.coordinator.join("p:1", **(request | {"statement": forged}))
+        site.coordinator.join("p", **(request | {"statement": forged}))
 
 
 def test_who_joins_again_is_the_same_worker(site: Site) -> None:
