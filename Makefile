@@ -41,7 +41,7 @@ wheel: setup ## build the wheel, install it outside the checkout and run its dem
 	$(BIN)/python tests/wheel/check_wheel.py
 
 crash: setup ## 1,000 kills of the coordinator at random points
-	WEFT_CRASHES=1000 $(BIN)/python -m pytest -q tests/faults -k crash
+	WEFT_CRASHES=1000 $(BIN)/python -m pytest -q tests/faults -k crash -o log_cli=true --log-cli-level=INFO
 
 bench: setup ## all benchmarks, with their results written
 	for script in benchmarks/*.py; do $(BIN)/python $$script --write || exit 1; done

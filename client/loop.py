@@ -113,6 +113,8 @@ REMEDIES: Final[Mapping[type[WeftError], Remedy]] = {
     AccessError: Remedy.LEAVE,
 }
 """By class of error; the nearest base counts."""
+_THEIRS: Final = frozenset({Phase.POLLING, Phase.SENDING, Phase.SUBMITTING})
+"""Phases that write nothing here."""
 _ABOUT_US: Final = (NotFound, UsageError, InputError, DiskFull)
 
 
@@ -283,6 +285,9 @@ def _failed(life: Life, error: WeftError, chance: float) -> Life:
         # Best effort: a lease that cannot be given back ends by silence.
         return _to_poll(life, f"the task could not be given back: {error}")
     remedy = remedy_of(error)
+    if isinstance(error, DiskFull) and life.phase in _THEIRS:
+        # The coordinator's disk: the update is safe here until there is room there.
+        remedy = Remedy.RETRY
     if life.task is None and remedy in (Remedy.DROP, Remedy.GIVE_BACK, Remedy.UNABLE):
         # Without a task there is nothing to give back. The coordinator does not know this worker, or fails itself,
         # which passes.

@@ -28,7 +28,8 @@ from blake3 import blake3
 from weft.client.bases import find_base
 from weft.client.data import TokenDataset, load_dataset
 from weft.client.device import Device, available_bytes, check_memory, needed_bytes
-from weft.client.heartbeat import Heartbeat, Reports, TaskProgress
+from weft.client.heartbeat import Heartbeat, Reports
+from weft.client.heartbeat import TaskProgress as TaskProgress
 from weft.client.kept import RunOnWorker
 from weft.client.loop import (
     UNTRAINED,
@@ -272,7 +273,7 @@ class Worker:
 
     def _take_note_of_stops(self) -> None:
         self._woken.clear()
-        while self.life.num_stops < self._num_stops:
+        while self.life.num_stops < self._num_stops and self.life.phase is not Phase.GONE:
             self.life = after(self.life, StopRequested())
 
     def _pause(self, seconds: float) -> None:

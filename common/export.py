@@ -78,9 +78,8 @@ def write_hf(
 
     with _fresh_directory(to) as directory:
         save_merged(directory, base_dir, recipe, tensors)
-        weights = ("config.json", ".safetensors", ".safetensors.index.json")
         for name in base_file_names(base_dir):
-            if not name.endswith(weights):
+            if name not in ("config.json", "generation_config.json") and ".safetensors" not in name:
                 shutil.copyfile(base_dir / name, directory / name)
         _write_around(directory, card, extra_files)
 

@@ -260,6 +260,9 @@ async def _ticking(coordinator: Coordinator, identity: CoordinatorIdentity) -> A
             except WeftError as error:
                 # A full disk, most likely: nothing was changed, and the next tick tries again.
                 logger.error("%s", error)
+            except Exception:
+                # Time must go on: without ticks no lease would end and no round would close.
+                logger.exception("a tick failed")
 
     task = asyncio.create_task(tick())
     try:

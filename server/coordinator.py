@@ -880,6 +880,9 @@ class Coordinator:
                 raise UpdateRejected(f"the update of module {module} was not uploaded")
             path = self._blobs.path(blob)
             try:
+                if ("update", run.record.run) in self._owners.get(blob, set()):
+                    # Manifests name the updates they were made from: whoever reads one must not live off it.
+                    raise UpdateRejected(f"the update of module {module} was handed in before")
                 if path.stat().st_size != update.size_bytes:
                     raise UpdateRejected(
                         f"the update of module {module} has another size than its statement says"

@@ -44,6 +44,8 @@ TOKEN_S: Final = 24 * 3600.0
 TOKEN_USES: Final = 16
 WRONG_PROOFS_MAX: Final = 10
 WRONG_PROOFS_WINDOW_S: Final = 60.0
+ADDRESSES_MAX: Final = 100_000
+"""Addresses that are remembered for their wrong proofs; beyond that all are forgiven rather than memory spent."""
 OPERATOR: Final = WorkerId("operator")
 
 
@@ -332,6 +334,8 @@ class Roster:
             raise TooManyAttempts("too many wrong tokens from this address", hint="wait a minute")
         if not recent:
             del self._wrong[address]
+        if len(self._wrong) > ADDRESSES_MAX:
+            self._wrong.clear()
 
     def _forget_old_sessions(self) -> None:
         now_s = self._clock.monotonic()

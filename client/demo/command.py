@@ -95,9 +95,9 @@ def demo(
         stage.wait_for("serve", "weft join")
         for topic in TOPICS:
             _join(stage, topic, data[topic], port)
-        stage.run("watch", "--until-finished")
+        stage.follow("watch", "--until-finished")
         for name in _run_names():
-            stage.run("pull", name, "--to", str(directory / "pulled" / name))
+            stage.run("pull", name, "--to", str(directory / "pulled" / name), "--quiet")
         status = json.loads(stage.run("watch", "--once", "--json", capture=True))
         rounds = {
             name: json.loads(stage.run("rounds", "list", "--run", name, "--json", capture=True))
@@ -237,6 +237,23 @@ class Stage:
             )
         return done.stdout.decode() if capture else ""
 
+    def follow(self, *arguments: str) -> None:
+        """Run a command that shows what the others do; raises ComputeError when one of those fails."""
+        self._show(arguments)
+        shown = subprocess.Popen([*_PROGRAM, *arguments], env=self._environment())
+        try:
+            while shown.poll() is None:
+                time.sleep(0.2)
+                for name, process in self._running.items():
+                    if process.poll():
+                        raise self._failed(name)
+        finally:
+            if shown.poll() is None:
+                shown.terminate()
+            shown.wait()
+        if shown.returncode:
+            raise ComputeError(f"weft {arguments[0]} failed with exit code {shown.returncode}", hint=self._logs())
+
     def start(self, name: str, *arguments: str) -> None:
         """Start a command that goes on beside the others; its output goes to a log."""
         self._show(arguments, note=f"  &   (log: {self._log(name)})")
@@ -249,10 +266,7 @@ class Stage:
         deadline = time.monotonic() + START_S
         while text not in self._log(name).read_text(errors="replace"):
             if self._running[name].poll() is not None or time.monotonic() > deadline:
-                lines = self._log(name).read_text(errors="replace").splitlines()
-                raise ComputeError(
-                    f"weft {name} did not start: {lines[-1] if lines else 'no output'}", hint=self._logs()
-                )
+                raise self._failed(name)
             time.sleep(0.1)
 
     @contextmanager
@@ -298,6 +312,11 @@ class Stage:
 
     def _log(self, name: str) -> Path:
         return self.directory / "logs" / f"{name}.log"
+
+    def _failed(self, name: str) -> ComputeError:
+        lines = self._log(name).read_text(errors="replace").splitlines()
+        said = next((line for line in reversed(lines) if "rror: " in line), lines[-1] if lines else "no output")
+        return ComputeError(f"{name} failed: {said}", hint=self._logs())
 
     def _logs(self) -> str:
         return f"read the logs: ls {self.directory / 'logs'}"

@@ -13,6 +13,7 @@ Shapes: N tokens of the corpus, B sequences of a batch, T tokens of a sequence.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import platform
@@ -88,7 +89,7 @@ def make_base(to: Path, recipe: Recipe, *, stdlib: Path | None = None) -> None:
     logger.info("model %d parameters", model.num_parameters())
     train(model, tokens, recipe)
     model.to(torch.bfloat16).save_pretrained(to)
-    tokenizer.save_pretrained(to)
+    save_tokenizer(tokenizer, to)
     heldout = {"the base part": corpus.base_documents("heldout", stdlib=stdlib)}
     heldout |= {
         f"{topic}, never seen": corpus.documents(topic, "heldout", stdlib=stdlib) for topic in corpus.TOPICS
@@ -115,7 +116,17 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, to: Path) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` so that every supported release loads them."""
+    tokenizer.save_pretrained(to)
+    path = to / "tokenizer_config.json"
+    # Release 5 of transformers writes a class name of its own that release 4 does not know; both know this one.
+    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaConfig:

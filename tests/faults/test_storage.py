@@ -121,31 +121,31 @@ class Diligent:
                 assert site.blobs.manifest(record.digest).blake3 == record.digest
 
 
-def finish(site: Site, diligent: Diligent) -> None:
+def finish(site: Site, diligent: Diligent, *, num_rounds: int = 2) -> None:
     for _ in range(40):
         diligent.turn()
         site.clock.advance(1)
         site.coordinator.tick()
-        if all(rounds[-1].number > 2 for rounds in site.run.rounds.values()):
+        if all(rounds[-1].number > num_rounds for rounds in site.run.rounds.values()):
             return
     raise AssertionError(f"the run does not end: {site.current()}")
 
 
-def steps_of_a_run() -> int:
+def steps_of_a_round() -> int:
     directory = memory_directory()
     files = FailingFiles()
     site = Site(directory / "s", files=files)
     site.add_run(run_file(rounds=ROUNDS))
     diligent = Diligent(site.workers("a", "b"))
     files.arm(-1, 0, sticky=False)
-    finish(site, diligent)
+    finish(site, diligent, num_rounds=1)
     site.crash()
     shutil.rmtree(directory)
     return files.steps
 
 
-def test_every_step_of_a_run_may_fail_once_or_for_good(directory: Path) -> None:
-    num_steps = steps_of_a_run()
+def test_every_step_of_a_round_may_fail_once_or_for_good(directory: Path) -> None:
+    num_steps = steps_of_a_round()
     assert num_steps > 20
     fired = 0
     for number in range(1, num_steps + 1):
@@ -234,21 +234,21 @@ class FlakyDatabase:
         self._database.close()
 
 
-def statements_of_a_run() -> int:
+def statements_of_a_round() -> int:
     directory = memory_directory()
     site = Site(directory / "s")
     site.add_run(run_file(rounds=ROUNDS))
     diligent = Diligent(site.workers("a", "b"))
     flaky = FlakyDatabase(site.ledger._db)
     site.ledger._db = flaky  # type: ignore[assignment]
-    finish(site, diligent)
+    finish(site, diligent, num_rounds=1)
     site.crash()
     shutil.rmtree(directory)
     return flaky.statements
 
 
 def test_every_statement_of_the_ledger_may_fail(directory: Path) -> None:
-    num_statements = statements_of_a_run()
+    num_statements = statements_of_a_round()
     assert num_statements > 40
     for number in range(1, num_statements + 1):
         site = Site(directory / str(number))

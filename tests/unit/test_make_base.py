@@ -51,6 +51,7 @@ def test_made_base_loads_as_any_model_and_has_learnt(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base", local_files_only=True)
     text = "def número(self):\n    return 'unseen Ω'\n"
     assert model.dtype == torch.bfloat16
+    assert model(**tokenizer(text, return_tensors="pt")).logits.isfinite().all()
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert (model.config.eos_token_id, tokenizer.eos_token) == (tokenizer.eos_token_id, "<|endoftext|>")
 
