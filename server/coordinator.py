@@ -880,9 +880,8 @@ class Coordinator:
                 raise UpdateRejected(f"the update of module {module} was not uploaded")
             path = self._blobs.path(blob)
             try:
-                if ("update", run.record.run) in self._owners.get(blob, set()):
-                    # Manifests name the updates they were made from: whoever reads one must not live off it.
-                    raise UpdateRejected(f"the update of module {module} was handed in before")
+                if self._is_copy(caller, run, blob):
+                    raise UpdateRejected(f"the update of module {module} is another worker's")
                 if path.stat().st_size != update.size_bytes:
                     raise UpdateRejected(
                         f"the update of module {module} has another size than its statement says"
@@ -902,6 +901,13 @@ class Coordinator:
                 raise UpdateRejected(f"module {module}: {error.message}", hint=error.hint) from error
             norms[update.module] = screened.norm
         return norms
+
+    def _is_copy(self, caller: Caller, run: Run, blob: Digest) -> bool:
+        """Whether another worker handed the same bytes in: manifests name updates, and nobody may live off them."""
+        if ("update", run.record.run) not in self._owners.get(blob, set()):
+            return False
+        updates = (update for rounds_ in run.rounds.values() for round_ in rounds_ for update in round_.updates)
+        return any(update.update_digest == blob and update.worker_id != caller.worker_id for update in updates)
 
     def _accept(
         self, lease: Lease, run: Run, said: UpdateStatement, statement: Signed, norms: dict[str, float]

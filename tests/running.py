@@ -23,10 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
+
 from weft.client import join as joining
 from weft.client.home import Home
 from weft.client.loop import Action, Life
 from weft.client.worker import TaskProgress
+from weft.common.composition import ResidentBase, describe
 from weft.common.errors import BY_NAME, EngineFailed, WeftError
 from weft.common.ids import ModuleKey, RunId
 from weft.common.protocol import Stage
@@ -50,9 +53,26 @@ def eventually(condition: Callable[[], Any], what: str = "", *, within_s: float 
     """Wait until ``condition`` gives something true and return it; raises AssertionError after ``within_s``."""
     ends_s, pause = time.monotonic() + within_s, threading.Event()
     while not (found := condition()):
-        assert time.monotonic() < ends_s, f"not within {within_s:.0f} s: {what() if callable(what) else what or condition}"
+        assert time.monotonic() < ends_s, f"not within {within_s:.0f} s: {what or condition}"
         pause.wait(_LOOK_S)
     return found
+
+
+def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
+    """Let threads make models in turn: while it does, transformers changes the state of the whole process."""
+    making = threading.RLock()
+
+    def in_turn(make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_alone(*arguments: Any, **options: Any) -> Any:
+            with making:
+                return make(*arguments, **options)
+
+        return make_alone
+
+    patch.setattr(ResidentBase, "load", in_turn(ResidentBase.load))
+    patch.setattr(ResidentBase, "compose", in_turn(ResidentBase.compose))
+    for module in ("client.worker", "server.engine_process"):
+        patch.setattr(f"weft.{module}.describe", in_turn(describe))
 
 
 class ThreadEngine:
@@ -322,7 +342,7 @@ def write_run(
     return path
 
 
-def operator_home(site: Site, monkeypatch: Any) -> Path:
+def operator_home(site: Site, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Point the commands of this process at the coordinator's own machine."""
     home = site.home.root.parent / "operator"
     monkeypatch.setenv("WEFT_HOME", str(home))
@@ -389,5 +409,3 @@ class Program:
         """Wait for its end."""
         return self._process.wait(PATIENCE_S)
 
-
-__all__ = ["Hand", "Program", "Recorder", "Site", "ThreadEngine", "eventually", "main", "working", "write_run"]

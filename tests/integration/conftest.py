@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.running import one_model_at_a_time
 from tests.tiny import TEXT, write_tiny_base
 
 from weft.server.engine_process import Jobs
@@ -30,9 +31,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _nobodys_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing here may touch the home of who runs the tests."""
+def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing here touches the home of who runs the tests, or the Hub."""
     with pytest.MonkeyPatch.context() as patch:
+        one_model_at_a_time(patch)
         patch.setenv("WEFT_HOME", str(tmp_path_factory.mktemp("nobody") / "home"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield

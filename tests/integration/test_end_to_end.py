@@ -50,8 +50,6 @@ class Finished:
     directory: Path
     loads: Counter[tuple[str, str]]
     """How often a base was loaded, by thread and task kind."""
-    opened: dict[str, int]
-    """Loads when every worker had done its first tasks."""
 
 
 def _write_data(directory: Path) -> list[Path]:
@@ -97,7 +95,7 @@ def finished(tiny_base: Path, jobs: Jobs, tmp_path_factory: pytest.TempPathFacto
                 lambda: all(site.version(run, key) == ROUNDS for run, keys in MODULES.items() for key in keys),
                 "every module has its last version",
             )
-        yield Finished(site, hands, directory, loads, {})
+        yield Finished(site, hands, directory, loads)
 
 
 def test_every_module_got_its_versions_and_every_update_is_in(finished: Finished) -> None:
