@@ -33,6 +33,8 @@ _EPILOG: Final = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
+    # gRPC's core writes every failed handshake to stderr; what matters of it reaches the user as an error.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = build_app()(given, prog_name="weft", standalone_mode=False)

@@ -299,13 +299,14 @@ async def _add_health(server: grpc.aio.Server) -> health.aio.HealthServicer:
 
 
 def _bind(server: grpc.aio.Server, host: str, port: int, credentials: Credentials | None) -> int:
+    _check_free(host, port)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         if credentials is None:
             return server.add_insecure_port(address)
         return server.add_secure_port(address, _tls(credentials))
     except RuntimeError as error:
-        raise _bind_error(host, port) from error
+        raise _in_use(host, port) from error
 
 
 def _tls(credentials: Credentials) -> grpc.ServerCredentials:
@@ -316,18 +317,23 @@ def _tls(credentials: Credentials) -> grpc.ServerCredentials:
     return grpc.dynamic_ssl_server_credentials(configuration(), configuration)
 
 
-def _bind_error(host: str, port: int) -> WeftError:
-    """Say why: gRPC says that it failed and no more. Try the same by hand."""
+def _check_free(host: str, port: int) -> None:
+    """Try the address by hand first: gRPC says that it failed and no more."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
+            # As gRPC does: connections that a stopped coordinator left behind do not hold the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            cause = error.strerror or error
-            return UsageError(
-                f"cannot listen on {host}:{port}: {cause}", hint="choose another --listen HOST:PORT"
-            )
-    return PortTaken(
-        f"{host}:{port} is in use", hint="stop what uses it, or choose another --listen HOST:PORT"
-    )
+        if error.errno == errno.EADDRINUSE:
+            raise _in_use(host, port) from error
+        cause = error.strerror or error
+        raise UsageError(f"cannot listen on {host}:{port}: {cause}", hint=_LISTEN_HINT) from error
+
+
+def _in_use(host: str, port: int) -> PortTaken:
+    return PortTaken(f"{host}:{port} is in use", hint=f"stop what uses it, or {_LISTEN_HINT}")
+
+
+_LISTEN_HINT: Final = "choose another --listen HOST:PORT"

@@ -252,7 +252,9 @@ class Stage:
                 shown.terminate()
             shown.wait()
         if shown.returncode:
-            raise ComputeError(f"weft {arguments[0]} failed with exit code {shown.returncode}", hint=self._logs())
+            raise ComputeError(
+                f"weft {arguments[0]} failed with exit code {shown.returncode}", hint=self._logs()
+            )
 
     def start(self, name: str, *arguments: str) -> None:
         """Start a command that goes on beside the others; its output goes to a log."""
@@ -315,7 +317,9 @@ class Stage:
 
     def _failed(self, name: str) -> ComputeError:
         lines = self._log(name).read_text(errors="replace").splitlines()
-        said = next((line for line in reversed(lines) if "rror: " in line), lines[-1] if lines else "no output")
+        said = next(
+            (line for line in reversed(lines) if "rror: " in line), lines[-1] if lines else "no output"
+        )
         return ComputeError(f"{name} failed: {said}", hint=self._logs())
 
     def _logs(self) -> str:
@@ -390,8 +394,8 @@ def _label(directory: Path, model: str) -> str:
 
 
 def _traffic_table(status: dict[str, Any], rounds: dict[str, list[dict[str, Any]]]) -> Table:
-    table = Table(title="What it cost", title_justify="left")
-    for column in ("run", "rounds", "updates up", "the same in bf16", "sent down", "seconds a round", "gate"):
+    table = Table(title="What it cost (the six runs share the workers)", title_justify="left")
+    for column in ("run", "up", "in bf16", "down", "in bf16", "s/round", "gate"):
         table.add_column(column, justify="left" if column in ("run", "gate") else "right")
     for run in status["runs"]:
         if run["run_id"] not in RULES:
@@ -399,13 +403,14 @@ def _traffic_table(status: dict[str, Any], rounds: dict[str, list[dict[str, Any]
         done = [item for item in rounds[run["run_id"]] if item["ended_at"] is not None]
         seconds = [item["ended_at"] - item["opened_at"] for item in done]
         published = sum(item["state"] == "published" for item in done)
+        # Versions travel as float32, so in bf16 they would be half of it.
         table.add_row(
             run["run_id"],
-            str(len(done)),
             f"{run['bytes_up'] / 1e3:.0f} kB",
             f"{run['bytes_up_bf16'] / 1e3:.0f} kB",
             f"{run['bytes_down'] / 1e3:.0f} kB",
+            f"{run['bytes_down'] / 2e3:.0f} kB",
             f"{sum(seconds) / max(1, len(seconds)):.1f}",
-            f"{published} published, {len(done) - published} rolled back",
+            f"{published} of {len(done)} passed",
         )
     return table
