@@ -16,7 +16,10 @@ FOLDERS = {
 }
 
 setup(
-    packages=[*FOLDERS, *(f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder))],
+    packages=[
+        *FOLDERS,
+        *(f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder)),
+    ],
     package_dir=FOLDERS,
     package_data={"": ["py.typed", "*.pyi", "*.proto"], "weft.client.demo": ["base/*"]},
 )

@@ -20,34 +20,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lib.idle_worker import PHASES
 from lib.machine import setting
 from lib.processes import children, environment, finish, peak_mb, started, wait_for
 from lib.raw_grpc import raw_mb_s
 
-from weft.client.home import KEY, Access
-from weft.client.join import connect, greet, register
-from weft.client.transport import Transport
-from weft.common.codec import CodecKind, CodecSettings, encode_update
-from weft.common.identity.token import JoinToken
-from weft.common.ids import WorkerId
-from weft.common.manifest import Signed, canonical_json
-from weft.common.modules import Schema
-from weft.common.protocol import Stage, Task
-from weft.common.settings import to_table
-from weft.common.statements import UPDATE_TYPE, UpdateOfModule, UpdateStatement
-from weft.common.tensors import read_header, write_tensors
+from weft.common.tensors import write_tensors
 
+WORKER = str(Path(__file__).parent / "lib" / "idle_worker.py")
 RESULT = Path(__file__).parent / "results" / "round_overhead.md"
-IDLE_S = 120.0
 WEFT = ("-m", "weft.common.cli")
-PHASES = ("fetch", "encode", "upload", "submit", "wait")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,90 +63,8 @@ SMALL = Size(
 MIDDLE = Size(label="10 MB", rank=18, targets=("q", "v"), aim_s=1.0, flower_s="8 to 11")
 LARGE = Size(label="100 MB", rank=32, targets=ALL, aim_s=5.0, flower_s="16 to 24")
 SIZES = {size.label: size for size in (SMALL, MIDDLE, LARGE)}
-CASES = (("10 kB", 2, 24), ("10 MB", 2, 12), ("10 MB", 4, 12), ("100 MB", 2, 6))
+CASES = (("10 kB", 2, 24), ("10 MB", 2, 12), ("10 MB", 4, 12), ("10 MB", 8, 8), ("100 MB", 2, 6))
 """Size, workers, rounds measured (one more is run before them)."""
-
-
-# ---- a worker that does not train --------------------------------------------------------------------------------
-
-
-def work(address: str, token_text: str, directory: Path) -> None:
-    """Join, do tasks until the run is finished, and print the seconds of each phase as a line of JSON a task."""
-    token = JoinToken.parse(token_text)
-    ca_pem = greet(address, token, insecure=False, now=datetime.now(UTC))
-    member = register(directory, address, token, ca_pem=ca_pem, name=directory.name, device="does not train")
-    access = Access(member=member, key_file=directory / KEY)
-    worker = NoOp(access, directory)
-    with connect(access) as transport:
-        asked_s = time.perf_counter()
-        while not (answer := transport.poll_task(wait_s=20.0)).finished:
-            if answer.task is not None:
-                waited_s = time.perf_counter() - asked_s
-                print(json.dumps(worker.do(transport, answer.task) | {"wait": waited_s}), flush=True)
-                asked_s = time.perf_counter()
-
-
-class NoOp:
-    """The steps of a worker around a training that takes no time."""
-
-    def __init__(self, access: Access, directory: Path) -> None:
-        self._key, self._worker_id = access.key(), WorkerId(access.member.worker_id)
-        self._directory = directory
-        self._rng = np.random.default_rng(int.from_bytes(self._key.public[:8], "big"))
-        self._deltas: dict[str, Any] = {}
-
-    def do(self, transport: Transport, task: Task) -> dict[str, float]:
-        """One task; returns the seconds of its phases."""
-        begin_s = time.perf_counter()
-        (start,) = task.modules
-        self._report(transport, task, Stage.FETCHING)
-        version = transport.download(
-            start.blake3, self._directory / "version", idle_s=IDLE_S, size_bytes=start.size_bytes
-        )
-        fetched_s = time.perf_counter()
-        self._report(transport, task, Stage.ENCODING)
-        update = self._encode(task, Schema(tuple(sorted(read_header(version).specs))))
-        encoded_s = time.perf_counter()
-        self._report(transport, task, Stage.SENDING)
-        blob = transport.upload(update, task.lease_token, idle_s=IDLE_S)
-        sent_s = time.perf_counter()
-        said = UpdateOfModule(
-            module=start.module, start_version=start.version, digest=blob.blake3, size_bytes=blob.size_bytes
-        )
-        transport.submit_update(lease_token=task.lease_token, statement=self._statement(task, said))
-        moments = [begin_s, fetched_s, encoded_s, sent_s, time.perf_counter()]
-        seconds = [end - begin for begin, end in itertools.pairwise(moments)]
-        return dict(zip(PHASES, seconds, strict=False)) | {"update_bytes": blob.size_bytes}
-
-    def _report(self, transport: Transport, task: Task, stage: Stage) -> None:
-        transport.report_progress(lease_token=task.lease_token, stage=stage, num_done=0, num_total=1)
-
-    def _encode(self, task: Task, schema: Schema) -> Path:
-        """An update that no other worker and no other round has."""
-        if not self._deltas:
-            self._deltas = {
-                spec.name: self._rng.standard_normal(spec.shape, np.float32) for spec in schema.tensors
-            }
-        for array in self._deltas.values():
-            array *= np.float32(0.99)
-        path = self._directory / "update"
-        encode_update(path, schema, self._deltas, CodecSettings(kind=CodecKind.FP32))
-        return path
-
-    def _statement(self, task: Task, update: UpdateOfModule) -> Signed:
-        statement = UpdateStatement(
-            run=task.run_id,
-            task=task.task_id,
-            worker=self._worker_id,
-            epoch=task.lease_epoch,
-            recipe=task.recipe_blake3,
-            updates=(update,),
-            num_steps=1,
-            num_tokens=8,
-            loss_first=1.0,
-            loss_last=1.0,
-        )
-        return Signed.sign(self._key, UPDATE_TYPE, canonical_json(to_table(statement)))
 
 
 # ---- a run -------------------------------------------------------------------------------------------------------
@@ -180,12 +86,17 @@ class Measured:
     engine_mb: float
 
     @property
+    def round_s(self) -> float:
+        """Median."""
+        return statistics.median(self.rounds_s)
+
+    @property
     def moved_mb(self) -> float:
         """Up and down, by all workers, in one round."""
         return 2 * self.num_workers * self.update_bytes / 1e6
 
     @property
-    def moving_mb_s(self) -> float:
+    def transfer_mb_s(self) -> float:
         """Of all workers together, while they fetch and upload."""
         return self.moved_mb / (self.phases_s["fetch"] + self.phases_s["upload"])
 
@@ -244,7 +155,7 @@ def measure(folder: Path, size: Size, num_workers: int, num_rounds: int) -> Meas
         options = ["--state", str(folder / "state"), "--listen", "127.0.0.1:0", "--http", "off"]
         serve = start("serve", *WEFT, "serve", str(folder / "run.toml"), *options)
         address, token = wait_for(folder / "serve.log", r"weft join (\S+) (\S+)", serve).groups()
-        for worker in [start(name, __file__, "--work", address, token, str(folder / name)) for name in names]:
+        for worker in [start(name, WORKER, address, token, str(folder / name)) for name in names]:
             finish(worker)
         rounds = listed_rounds(folder / "home")
         serve_mb, (engine_mb,) = peak_mb(serve.pid), [peak_mb(pid) for pid in children(serve.pid)]
@@ -276,13 +187,18 @@ def listed_rounds(home: Path) -> list[dict[str, Any]]:
 
 
 def round_row(case: Measured) -> str:
-    size, median_s = case.size, statistics.median(case.rounds_s)
-    in_round = case.moved_mb / median_s
+    size, least, most = case.size, min(case.rounds_s), max(case.rounds_s)
     return (
         f"| {size.label} ({case.update_bytes:,} bytes) | {case.num_workers} | {len(case.rounds_s)} "
-        f"| **{median_s:.2f}** ({min(case.rounds_s):.2f} to {max(case.rounds_s):.2f}) | {size.aim_s} "
-        f"| {size.flower_s} | {in_round:,.1f} | {case.moving_mb_s:,.1f} | {case.raw_mb_s:,.1f} "
-        f"| {case.moving_mb_s / case.raw_mb_s:.2f} | {case.serve_mb:.0f} | {case.engine_mb:.0f} |"
+        f"| **{case.round_s:.2f}** ({least:.2f} to {most:.2f}) | {size.aim_s} | {size.flower_s} "
+        f"| {case.serve_mb:.0f} | {case.engine_mb:.0f} |"
+    )
+
+
+def speed_row(case: Measured) -> str:
+    return (
+        f"| {case.size.label} | {case.num_workers} | {case.moved_mb:,.2f} | {case.moved_mb / case.round_s:,.1f} "
+        f"| {case.transfer_mb_s:,.1f} | {case.raw_mb_s:,.1f} | {case.transfer_mb_s / case.raw_mb_s:.2f} |"
     )
 
 
@@ -291,31 +207,46 @@ def phase_row(case: Measured) -> str:
     return f"| {case.size.label} | {case.num_workers} | {cells} |"
 
 
-def report(cases: list[Measured], command: str, *, load_before: float) -> str:
-    rows, phases = "\n".join(map(round_row, cases)), "\n".join(map(phase_row, cases))
+def table(cases: list[Measured], row: Callable[[Measured], str]) -> str:
+    return "\n".join(map(row, cases))
+
+
+def report(cases: list[Measured], *, load_before: float) -> str:
     return f"""# What a round costs beside the training
 
-{setting(command, ("weft", "grpcio", "numpy"), load_before=load_before)}
+{setting(("weft", "grpcio", "numpy"), load_before=load_before)}
 
-Workers that do not train, on loopback, TLS; codec fp32, rule mean on the factors, no gate. Seconds from one published
-version to the next, median (least to most): fetch the version, encode, upload, submit, screen, merge, publish. MB/s
-are 10⁶ bytes a second, up and down, of all workers together: within the whole round; while workers fetch and upload;
-and raw unary gRPC of the same bytes in the same run, with nothing hashed, checked or written. Peak memory is resident
-(VmHWM), mapped files included, of `weft serve` and of its merge process, which holds torch.
+Workers that do not train, as processes on loopback over TLS; codec fp32, rule mean on the factors, no gate. LoRA over
+a base of Llama's shape: {LARGE.layers} layers of width {LARGE.hidden:,} for the larger two. Seconds from one published
+version to the next, median (least to most): fetch the version, encode, upload, submit, screen, merge, publish. The
+aims are the project's own; Flower's figures are quoted below.
 
-| update | workers | rounds | s a round | aim | Flower 1.42 | MB/s, round | MB/s, moving | MB/s, raw | moving ÷ raw | serve, peak MB | merge process, peak MB |
-|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
-{rows}
+| update | workers | rounds | s a round | aim | Flower 1.42 | serve, peak MB | merge process, peak MB |
+|---|--:|--:|--:|--:|--:|--:|--:|
+{table(cases, round_row)}
 
-Flower 1.42's figures are quoted, not measured here: its deployment engine with two SuperNodes on a like machine,
-without TLS and with its database in memory, 1.1 GB of server-side memory at 100 MB.
+Peak memory is resident (VmHWM) with mapped files, 10⁶ bytes. `weft serve` maps an update while it screens it and
+holds what is in flight, at most four chunks of 2 MiB for each worker that is sending or fetching just then; it does
+not hold updates. The merge process maps the updates of its round, which the kernel can drop, and holds torch.
 
-Where a worker's time goes, median milliseconds a task. Waiting is for the others, for the coordinator to screen the
-last update, merge and publish, and for the next task:
+MB/s are 10⁶ bytes a second, up and down, of all workers together: over the whole round; while workers fetch and
+upload; and as raw unary gRPC of the same bytes in the same run, in 2 MiB messages, four in flight, over TLS with the
+same options, as many client processes against one server process, with nothing checked, hashed or written.
+
+| update | workers | MB moved a round | MB/s, round | MB/s, fetch and upload | MB/s, raw gRPC | fetch and upload ÷ raw |
+|---|--:|--:|--:|--:|--:|--:|
+{table(cases, speed_row)}
+
+Where a worker's time goes, median milliseconds a task. Submit is the coordinator's screening; wait is for the other
+workers, the merge, the publication and the next task:
 
 | update | workers | fetch | encode | upload | submit | wait |
 |---|--:|--:|--:|--:|--:|--:|
-{phases}
+{table(cases, phase_row)}
+
+Flower 1.42 was measured once, with its deployment engine and two SuperNodes, on a busy machine of two cores, without
+TLS and with its database in memory: {", ".join(f"{size.flower_s} s at {size.label}" for size in SIZES.values())}, where
+its server side took 1.1 GB. It starts a process for each message. That measurement is not repeated here.
 """
 
 
@@ -325,24 +256,17 @@ def main() -> None:
     )
     parser.add_argument("--write", action="store_true", help=f"replace {RESULT.name}")
     parser.add_argument("--only", choices=SIZES, help="one size")
-    parser.add_argument("--rounds", type=int, help="rounds to measure, instead of 24, 12, 12 and 6")
-    parser.add_argument("--work", nargs=3, metavar=("ADDRESS", "TOKEN", "DIR"), help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, help="rounds to measure, in place of each case's own number")
     arguments = parser.parse_args()
-    if arguments.work:
-        address, token, directory = arguments.work
-        work(address, token, Path(directory))
-        return
     load_before, cases = os.getloadavg()[0], []
     for label, num_workers, num_rounds in CASES:
         if arguments.only in (None, label):
             with tempfile.TemporaryDirectory() as folder:
                 cases.append(measure(Path(folder), SIZES[label], num_workers, arguments.rounds or num_rounds))
-            print(round_row(cases[-1]), phase_row(cases[-1]), sep="\n", flush=True)
+            print(*(row(cases[-1]) for row in (round_row, speed_row, phase_row)), sep="\n", flush=True)
     if arguments.write:
         RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(
-            report(cases, "python benchmarks/round_overhead.py --write", load_before=load_before)
-        )
+        RESULT.write_text(report(cases, load_before=load_before))
 
 
 if __name__ == "__main__":

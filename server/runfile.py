@@ -166,7 +166,8 @@ def load_run_file(path: Path) -> RunFile:
         # Too long, or with a character that no path has.
         raise RunFileError(f"{path}: base.source or gate.heldout cannot be a path: {error}") from error
     except UsageError as error:
-        raise RunFileError(f"{path}: {error.message}", hint=error.hint) from error
+        hint = error.hint or "weft init writes a run file with every key and its meaning"
+        raise RunFileError(f"{path}: {error.message}", hint=hint) from error
 
 
 def parse_run_file(text: str) -> RunFile:

@@ -20,13 +20,14 @@ from weft.common.manifest import VersionManifest, open_version, parse_json
 from weft.common.recipe import RECIPE_TYPE, Recipe
 from weft.common.settings import from_table
 from weft.common.statements import STATEMENT_BYTES_MAX
-from weft.server.coordinator import merge_job, version_key
 from weft.server.engine import Engine
+from weft.server.jobs import merge_job
 from weft.server.records import RunRecord, Traffic, VersionRecord
 from weft.server.rounds import Round
 from weft.server.run import Run, check_complete
 from weft.server.runfile import parse_run_file
 from weft.server.store.ledger import Ledger
+from weft.server.versions import version_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,7 +174,7 @@ class Site:
     clock: VirtualClock = field(default_factory=VirtualClock)
     files: Files = FILES
     job: JobRunner = fake_job
-    deferred: bool = False
+    make_engine: Callable[[JobRunner], Engine] = InlineEngine
     life: str = ""
     """Names a process's turn on the directory, where several have one."""
     engine: Engine = field(init=False)
@@ -203,7 +203,7 @@ class Site:
         identity = CoordinatorIdentity.create_or_load(self.directory / "keys", ["localhost"], now)
         self.ledger = Ledger(self.directory / "ledger.sqlite")
         self.blobs = BlobStore(self.directory / "blobs", self.files)
-        self.engine = DeferredEngine(self.job) if self.deferred else InlineEngine(self.job)
+        self.engine = self.make_engine(self.job)
         roster = Roster(self.ledger, identity, self.clock, rng_bytes=self.rng_bytes)
         self.pin = identity.pin
         self.coordinator = Coordinator(

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -26,34 +27,42 @@ from typing import Any, Self
 import pytest
 
 from weft.client import join as joining
-from weft.client.home import Home
+from weft.client.home import Home, save_settings
 from weft.client.loop import Action, Life
 from weft.client.worker import TaskProgress
 from weft.common.composition import ResidentBase, describe
 from weft.common.errors import BY_NAME, EngineFailed, WeftError
 from weft.common.ids import ModuleKey, RunId
-from weft.common.protocol import Stage
+from weft.common.protocol import Role, Stage
 from weft.server.app import Opened, ServeOptions, opened_state, run_service, start_run
+from weft.server.backend import Caller
 from weft.server.coordinator import Coordinator
 from weft.server.engine_process import Jobs
+from weft.server.roster import OPERATOR
 from weft.server.rounds import Round
 from weft.server.runfile import load_run_file
 
 with warnings.catch_warnings():
     # typer imports names that click 8.4 and later deprecate.
     warnings.simplefilter("ignore", DeprecationWarning)
-    from weft.common.cli import main
+    from weft.common.cli import main as main
 
 PATIENCE_S = 60.0
 """Longest time for anything that a test waits for; the machine may be busy."""
 _LOOK_S = 0.02
+OPERATORS = Caller(worker_id=OPERATOR, role=Role.ADMIN, runs=(), peer="")
+"""Calls of the operator's own."""
 
 
-def eventually(condition: Callable[[], Any], what: str = "", *, within_s: float = PATIENCE_S) -> Any:
+def eventually(
+    condition: Callable[[], Any], what: Callable[[], object] | str = "", *, within_s: float = PATIENCE_S
+) -> Any:
     """Wait until ``condition`` gives something true and return it; raises AssertionError after ``within_s``."""
     ends_s, pause = time.monotonic() + within_s, threading.Event()
     while not (found := condition()):
-        assert time.monotonic() < ends_s, f"not within {within_s:.0f} s: {what or condition}"
+        if time.monotonic() >= ends_s:
+            found = what() if callable(what) else what
+            raise AssertionError(f"not within {within_s:.0f} s: {found or condition}")
         pause.wait(_LOOK_S)
     return found
 
@@ -73,6 +82,13 @@ def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ResidentBase, "compose", in_turn(ResidentBase.compose))
     for module in ("client.worker", "server.engine_process"):
         patch.setattr(f"weft.{module}.describe", in_turn(describe))
+
+
+def shorten_leases(patch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let silence end a lease sooner."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("weft.server.") and hasattr(module, "LEASE_S"):
+            patch.setattr(module, "LEASE_S", seconds)
 
 
 class ThreadEngine:
@@ -119,7 +135,9 @@ class ThreadEngine:
 class Site:
     """A coordinator's state directory and, between ``start`` and ``stop``, the coordinator that serves it."""
 
-    def __init__(self, directory: Path, jobs: Jobs, *, host: str = "127.0.0.1", insecure: bool = False) -> None:
+    def __init__(
+        self, directory: Path, jobs: Jobs, *, host: str = "127.0.0.1", insecure: bool = False
+    ) -> None:
         self.state = directory / "state"
         self.home = Home(directory / "home")
         """Of the workers."""
@@ -175,13 +193,45 @@ class Site:
         """The current round."""
         return self.coordinator.runs[RunId(run)].current(ModuleKey.parse(module))
 
+    def rounds(self, run: str, module: str = "0.0") -> list[Round]:
+        """Past rounds and the current one."""
+        return self.coordinator.runs[RunId(run)].rounds[ModuleKey.parse(module)]
+
+    def file(self, run: str, module: str = "0.0") -> Path:
+        """Where the newest version lies."""
+        digest = self.coordinator.runs[RunId(run)].newest(ModuleKey.parse(module)).digest
+        return self.state / "blobs" / digest[:2] / digest
+
     def version(self, run: str, module: str = "0.0") -> int:
         """The newest version."""
         return self.coordinator.runs[RunId(run)].newest(ModuleKey.parse(module)).version
 
+    def create_token(self, **wanted: Any) -> str:
+        """A join token, unlike the printed one where ``wanted`` says so."""
+        settings: dict[str, Any] = {
+            "request_id": secrets.token_hex(8),
+            "role": Role.WORKER,
+            "ttl_s": 0.0,
+            "num_uses": 0,
+            "needs_approval": False,
+            "runs": (),
+            "label": "",
+        }
+        return self.coordinator.create_token(OPERATORS, **(settings | wanted))
+
+    def picture(self) -> str:
+        """What the rounds wait for and what happened, for a message."""
+        runs = self.coordinator.runs.values()
+        rounds = [rounds_[-1] for run in runs for rounds_ in run.rounds.values()]
+        now = [
+            f"{item.run}/{item.module} round {item.number} {item.state.name}: {item.reason}"
+            for item in rounds
+        ]
+        return "\n".join([*now, *self.events()])
+
     def events(self) -> list[str]:
         """The ledger's journal."""
-        return [event.text for event in self.coordinator._ledger.events()]
+        return [event.text for event in self.coordinator.state.ledger.events()]
 
     def _serve(self, run_files: tuple[Path, ...], ready: Future[int]) -> None:
         options = ServeOptions(
@@ -260,6 +310,7 @@ class Hand:
         self.member = joining.register(
             self.state, address, parsed, ca_pem=ca_pem, name=name, device="a thread"
         )
+        save_settings(self.state, self._settings)
 
     @property
     def worker_id(self) -> str:
@@ -332,7 +383,14 @@ target = {quorum}
 
 
 def write_run(
-    path: Path, base: Path, more: str = "", *, count: int = 2, quorum: int = 2, steps: int = 4, idle_s: int = 60
+    path: Path,
+    base: Path,
+    more: str = "",
+    *,
+    count: int = 2,
+    quorum: int = 2,
+    steps: int = 4,
+    idle_s: int = 60,
 ) -> Path:
     """Write the run file of a microscopic run, named as the file; ``more`` adds keys or replaces whole sections."""
     head = RUN.format(name=path.stem, base=base, count=count, quorum=quorum, steps=steps, idle_s=idle_s)
@@ -408,4 +466,3 @@ class Program:
     def code(self) -> int:
         """Wait for its end."""
         return self._process.wait(PATIENCE_S)
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,8 +20,9 @@ def memory_gb() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
-def setting(command: str, packages: tuple[str, ...], *, load_before: float) -> str:
+def setting(packages: tuple[str, ...], *, load_before: float) -> str:
     """One paragraph: date, machine, load, versions, command."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return (
         f"{datetime.now(UTC):%Y-%m-%d} · {os.cpu_count()} cores, {processor()}, {memory_gb():.0f} GB memory · "

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from lib.processes import finish, started, wait_for
@@ -26,6 +26,7 @@ from weft.common import wire
 from weft.common.identity.authority import CoordinatorIdentity
 from weft.common.protocol import CHUNK_BYTES
 
+Call: TypeAlias = "grpc.UnaryUnaryMultiCallable[bytes, bytes]"
 ROUND_TRIPS_MAX = 200
 BYTES_MIN = 300_000_000
 """What a client moves in all, unless that takes too many round trips."""
@@ -49,7 +50,7 @@ def raw_mb_s(directory: Path, num_bytes: int, num_clients: int) -> float:
         for client in clients:
             finish(client)
     spans = [json.loads((directory / f"{name}.log").read_text().splitlines()[-1]) for name in names]
-    seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
+    seconds: float = max(end for _, end in spans) - min(begin for begin, _ in spans)
     return 2 * num_clients * num_repeats * num_bytes / 1e6 / seconds
 
 
@@ -67,7 +68,7 @@ async def serve(directory: Path, num_bytes: int) -> None:
     async def put(_: bytes, __: Any) -> bytes:
         return b""
 
-    handlers = {
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Get": grpc.unary_unary_rpc_method_handler(get),
         "Put": grpc.unary_unary_rpc_method_handler(put),
     }
@@ -92,7 +93,8 @@ def move(directory: Path, port: str, tls_name: str, num_bytes: int, num_repeats:
     """Fetch and send the bytes; when that began and ended."""
     chunks = [bytes(min(CHUNK_BYTES, num_bytes - start)) for start in range(0, num_bytes, CHUNK_BYTES)]
     with connected(directory, port, tls_name) as channel, ThreadPoolExecutor(IN_FLIGHT) as pool:
-        get, put = channel.unary_unary("/Raw/Get"), channel.unary_unary("/Raw/Put")
+        get: Call = channel.unary_unary("/Raw/Get")
+        put: Call = channel.unary_unary("/Raw/Put")
         put(b"")
         print("ready", flush=True)
         while not (directory / "go").exists():

@@ -75,7 +75,7 @@ class World:
         self.faults: Counter[str] = Counter()
         self.chaos = True
         self.receipts: dict[tuple[str, str], Receipt] = {}
-        self.site = Site(directory, job=self._job, deferred=True)
+        self.site = Site(directory, job=self._job, make_engine=DeferredEngine)
         self.site.add_run(run_file(text, rounds=POLICY))
         self.members = [Simulated(worker) for worker in self.site.workers(*NAMES)]
 

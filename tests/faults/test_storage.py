@@ -103,7 +103,7 @@ class Diligent:
 
     def check(self, site: Site) -> None:
         """Nothing that was acknowledged is lost, and nothing is there twice."""
-        assert site.coordinator._owners == site.ledger.blob_owners()
+        assert site.coordinator.state.owners == site.ledger.blob_owners()
         accepted = site.accepted()
         digests = [digest for *_, digest in accepted]
         assert len(digests) == len(set(digests))
@@ -111,7 +111,7 @@ class Diligent:
             assert worker.submit(task, statement) == receipt
             assert any(item[2] == worker.worker_id for item in accepted)
         assert {str(receipt.receipt_blake3) for *_, receipt in self.receipts.values()} <= {
-            record.statement_digest for record in site.coordinator._accepted.values()
+            record.statement_digest for record in site.coordinator.state.accepted.values()
         }
         for digest in map(Digest, digests):
             assert site.blobs.manifest(digest).blake3 == digest

@@ -16,27 +16,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.running import Hand, Site, eventually, main, operator_home, working, write_run
+from tests.running import Hand, Site, ThreadEngine, eventually, main, operator_home, working, write_run
 from tests.tiny import TEXT
 
-from weft.common.composition import Composed, ResidentBase
+from weft.common.composition import ResidentBase
 from weft.common.ids import ModuleKey, RunId
 from weft.common.protocol import RoundState
 from weft.common.recipe import TaskSettings
-from weft.common.tensors import open_module, to_float32
-from weft.server.engine_process import Jobs
-
-# Several threads load models here, and Python resets the filters that the loader sets from the last thread's view.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+from weft.common.sequences import Batch
+from weft.common.tensors import Float32Array
+from weft.server.engine_process import Jobs, read_module
 
 ROUNDS = 2
 RUNS = {
     "mean": '[codec]\nkind = "fp32"',
-    "ties": '[merge]\nrule = "ties"\n[codec]\nkind = "bf16"\n[gate]\nheldout = "heldout.txt"',
+    "ties": '[merge]\nrule = "ties"\n[codec]\nkind = "bf16"\n[gate]\nheldout = "heldout.txt"\ntolerance = 10.0',
     "fisher": '[merge]\nrule = "fisher"\n[statistics]\nfisher_examples = 4\n[codec]\nkind = "ternary"\ndensity = 0.2\n'
     '[outer]\nname = "nesterov"\nlearning_rate = 0.7\nmomentum = 0.9',
     "shards": '[topology]\nexperts = [1, 1]\nlevels_per_task = 1\n[codec]\nkind = "ternary"\ndensity = 0.3',
-    "labels": '[task]\nkind = "sequence-classification"\nnum_labels = 3\n[gate]\nheldout = "labels.jsonl"',
+    "labels": '[task]\nkind = "sequence-classification"\nnum_labels = 3\n'
+    '[gate]\nheldout = "labels.jsonl"\ntolerance = 10.0',
 }
 MODULES = {name: ("0.0", "1.0") if name == "shards" else ("0.0",) for name in RUNS}
 
@@ -92,8 +91,10 @@ def finished(tiny_base: Path, jobs: Jobs, tmp_path_factory: pytest.TempPathFacto
         )
         with working(*hands, leave_when_finished=False):
             eventually(
-                lambda: all(site.version(run, key) == ROUNDS for run, keys in MODULES.items() for key in keys),
-                "every module has its last version",
+                lambda: all(
+                    site.version(run, key) == ROUNDS for run, keys in MODULES.items() for key in keys
+                ),
+                site.picture,
             )
         yield Finished(site, hands, directory, loads)
 
@@ -101,8 +102,7 @@ def finished(tiny_base: Path, jobs: Jobs, tmp_path_factory: pytest.TempPathFacto
 def test_every_module_got_its_versions_and_every_update_is_in(finished: Finished) -> None:
     for run, modules in MODULES.items():
         for module in modules:
-            rounds = finished.site.coordinator.runs[RunId(run)].rounds[ModuleKey.parse(module)]
-            ended = [round_ for round_ in rounds if round_.number <= ROUNDS]
+            ended = finished.site.rounds(run, module)[:ROUNDS]
             assert [round_.state for round_ in ended] == [RoundState.PUBLISHED] * ROUNDS
             assert all(len(round_.updates) == (1 if run == "labels" else 2) for round_ in ended)
 
@@ -110,14 +110,17 @@ def test_every_module_got_its_versions_and_every_update_is_in(finished: Finished
 def test_the_gate_measured_where_there_is_held_out_data(finished: Finished) -> None:
     for run in MODULES:
         for module in MODULES[run]:
-            first = finished.site.coordinator.runs[RunId(run)].rounds[ModuleKey.parse(module)][0]
+            first = finished.site.rounds(run, module)[0]
             assert first.gate is not None
             assert (first.gate.loss_after is not None) == (run in ("ties", "labels"))
 
 
 def test_the_base_is_loaded_once_in_a_process_however_many_rounds(finished: Finished) -> None:
-    assert max(finished.loads.values()) == 1
-    assert {kind for (who, kind) in finished.loads if who == "ada"} == {"causal-lm", "sequence-classification"}
+    assert {number for (who, _), number in finished.loads.items() if who != "engine"} == {1}
+    assert {kind for (who, kind) in finished.loads if who == "ada"} == {
+        "causal-lm",
+        "sequence-classification",
+    }
 
 
 def test_a_worker_whose_data_does_not_fit_a_run_works_for_the_others(finished: Finished) -> None:
@@ -144,8 +147,6 @@ def test_error_feedback_and_optimiser_state_are_on_the_workers(finished: Finishe
 def test_every_version_is_recomputed_byte_for_byte(
     finished: Finished, monkeypatch: pytest.MonkeyPatch, jobs: Jobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.running import ThreadEngine
-
     monkeypatch.setattr("weft.server.engine.EngineProcess", lambda: ThreadEngine(jobs))
     for run in MODULES:
         for version in range(ROUNDS + 1):
@@ -163,22 +164,14 @@ def test_every_version_is_recomputed_byte_for_byte(
 def _own_logits(finished: Finished, base: Path, run: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and the logits that the coordinator's own composition of the newest versions gives for them."""
     known = finished.site.coordinator.runs[RunId(run)]
-    tensors = {}
+    tensors: dict[str, Float32Array] = {}
     for key in MODULES[run]:
-        module = ModuleKey.parse(key)
-        path = finished.site.coordinator._blobs.path(known.newest(module).digest)
-        with open_module(path, known.schema(module)) as file:
-            tensors |= {
-                spec.name: np.array(to_float32(file.array(spec.name), spec.dtype))
-                for spec in known.schema(module).tensors
-            }
-    resident = ResidentBase.load(
-        base, known.recipe.task, device=torch.device("cpu"), dtype=torch.float32, quantise="none"
-    )
-    composed: Composed = resident.compose(known.recipe, tensors)
-    tokens = torch.arange(1, 25).reshape(2, 12)
+        tensors |= read_module(finished.site.file(run, key), known.schema(ModuleKey.parse(key)))
+    resident = ResidentBase.load(base, known.recipe.task, device=torch.device("cpu"), dtype=torch.float32)
+    tokens = np.arange(1, 25).reshape(2, 12)
+    batch = Batch(tokens=tokens, labels=np.zeros(2, np.int64), lengths=np.array([12, 12]))
     with torch.no_grad():
-        return tokens, composed._model(input_ids=tokens).logits
+        return torch.from_numpy(tokens), resident.compose(known.recipe, tensors).logits(batch)
 
 
 def _auto_class(run: str) -> Any:
@@ -212,7 +205,16 @@ def test_a_pulled_adapter_gives_the_coordinators_own_logits(
 def test_a_pulled_model_gives_the_coordinators_own_logits(
     finished: Finished, tiny_base: Path, tmp_path: Path, run: str
 ) -> None:
-    words = ["pull", f"{run}@{ROUNDS}", "--as", "hf", "--to", str(tmp_path / "model"), "--base", str(tiny_base)]
+    words = [
+        "pull",
+        f"{run}@{ROUNDS}",
+        "--as",
+        "hf",
+        "--to",
+        str(tmp_path / "model"),
+        "--base",
+        str(tiny_base),
+    ]
     assert main(words) == 0
     tokens, own = _own_logits(finished, tiny_base, run)
     labels = {"pad_token_id": 0} if run == "labels" else {}
@@ -286,6 +288,37 @@ def test_watch_shows_versions_reasons_and_workers(
     assert {"ada", "ben", "cy"} <= names
     assert main(["watch", "--until-finished"]) == 0
     assert "round" in capsys.readouterr().out
+
+
+# ---- other ways in -----------------------------------------------------------------------------------------------
+
+
+def test_who_needs_approval_waits_for_it(
+    tiny_base: Path, text: Path, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Site(tmp_path, jobs) as site:
+        operator_home(site, monkeypatch)
+        site.start(write_run(tmp_path / "one.toml", tiny_base, count=1, quorum=1))
+        token = site.create_token(needs_approval=True)
+        hand = Hand(site.address, token, text, site.home, "hand", base=tiny_base)
+        with working(hand):
+            eventually(lambda: hand.view.has("waits for approval"))
+            assert not site.coordinator.leases
+            assert main(["workers", "approve", hand.worker_id]) == 0
+            eventually(lambda: site.version("one") == 1, site.picture)
+
+
+def test_without_tls_on_one_machine(
+    tiny_base: Path, text: Path, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Site(tmp_path, jobs, insecure=True) as site:
+        operator_home(site, monkeypatch)
+        site.start(write_run(tmp_path / "one.toml", tiny_base, count=1, quorum=1))
+        assert site.join_line[-1] == "--insecure"
+        words = ["join", site.address, site.token, "--insecure", "--data", str(text), "--threads", "1"]
+        assert main([*words, "--exit-when-finished", "--state", str(tmp_path / "worker")]) == 0
+        eventually(lambda: site.version("one") == 1, site.picture)
+        assert main(["pull", "one@1", "--to", str(tmp_path / "adapter")]) == 0
 
 
 # ---- coming back -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pytest
 from tests.harness import (
     SCHEMA,
     DeferredEngine,
+    JobRunner,
     Site,
     Worker,
     bare,
@@ -158,7 +159,8 @@ def test_a_published_module_can_be_fetched_and_an_update_cannot(open_site: Calla
 
 def test_a_reference_names_a_module_a_path_or_the_whole(open_site: Callable[..., Site]) -> None:
     site = open_site(
-        run_file("[topology]\nexperts = [1, 1]", rounds="count = 2\nquorum = 1\ntarget = 1"), deferred=True
+        run_file("[topology]\nexperts = [1, 1]", rounds="count = 2\nquorum = 1\ntarget = 1"),
+        make_engine=DeferredEngine,
     )
     (a,) = site.workers("a")
     a.work()
@@ -272,20 +274,21 @@ def test_two_threads_with_one_statement_get_one_receipt(open_site: Callable[...,
 class ThreadedEngine:
     """Jobs run in a thread of their own, as with the real process."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: JobRunner) -> None:
+        self._run = run
         self._pool = ThreadPoolExecutor(1)
 
     def submit(self, job: dict[str, Any]) -> Future[dict[str, Any]]:
-        return self._pool.submit(fake_job, job)
+        return self._pool.submit(self._run, job)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
 
 
 def test_workers_in_threads_tear_nothing(open_site: Callable[..., Site]) -> None:
-    site = open_site(run_file(rounds="count = 6\nquorum = 2\ntarget = 3\nstraggler_factor = 0"))
-    engine = ThreadedEngine()
-    site.coordinator._engine = engine
+    site = open_site(
+        run_file(rounds="count = 6\nquorum = 2\ntarget = 3\nstraggler_factor = 0"), make_engine=ThreadedEngine
+    )
     members = site.workers("a", "b", "c", "d")
     errors: list[BaseException] = []
 
@@ -303,7 +306,7 @@ def test_workers_in_threads_tear_nothing(open_site: Callable[..., Site]) -> None
         thread.start()
     for thread in threads:
         thread.join(60)
-    engine.close()
+    site.engine.close()
     assert errors == []
     assert site.run.view.finished
     digests = [(module, number, worker) for module, number, worker, _ in site.accepted()]
@@ -799,7 +802,7 @@ def test_rounds_found_merging_and_gating_go_on_after_a_restart(
     wanted = heldout_run(tmp_path, "count = 1\nquorum = 1\ntarget = 1")
     reference = open_site(wanted)
     reference.workers("a")[0].work()
-    site = open_site(wanted, deferred=True)
+    site = open_site(wanted, make_engine=DeferredEngine)
     (a,) = site.workers("a")
     a.work()
     seen = []
@@ -827,7 +830,7 @@ def test_the_outer_state_of_a_candidate_survives_a_restart_at_the_gate(
         f'[gate]\nheldout = "{heldout}"\n[outer]\nname = "nesterov"',
         rounds="count = 2\nquorum = 1\ntarget = 1",
     )
-    site = open_site(wanted, deferred=True)
+    site = open_site(wanted, make_engine=DeferredEngine)
     (a,) = site.workers("a")
     a.work()
     site.engine.step()  # type: ignore[attr-defined]
@@ -857,7 +860,7 @@ def test_a_rolled_back_candidate_leaves_no_file(open_site: Callable[..., Site], 
 
 
 def test_while_a_round_merges_its_workers_wait(open_site: Callable[..., Site]) -> None:
-    site = open_site(run_file(rounds="count = 2\nquorum = 1\ntarget = 1"), deferred=True)
+    site = open_site(run_file(rounds="count = 2\nquorum = 1\ntarget = 1"), make_engine=DeferredEngine)
     (a,) = site.workers("a")
     a.work()
     assert site.coordinator.busy

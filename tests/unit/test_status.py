@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.harness import Site, Worker, bare, fake_job, memory_directory, run_file
+from tests.harness import DeferredEngine, Site, Worker, bare, fake_job, memory_directory, run_file
 
 from weft.common.errors import EngineFailed, NotFound
 from weft.common.protocol import LossPoint, RoundState, RoundStatus, Stage, Status, WorkerState, WorkerStatus
@@ -65,7 +65,7 @@ def test_a_collecting_round_says_what_it_waits_for(open_site: Callable[..., Site
 
 
 def test_a_merging_round_says_why_it_closed(open_site: Callable[..., Site]) -> None:
-    site = open_site("count = 1\nquorum = 1\ntarget = 1", deferred=True)
+    site = open_site("count = 1\nquorum = 1\ntarget = 1", make_engine=DeferredEngine)
     (a,) = site.workers("a")
     a.work()
     shown = round_of(site)
