@@ -180,6 +180,8 @@ def _auto_class(run: str) -> Any:
     return AutoModelForSequenceClassification if run == "labels" else AutoModelForCausalLM
 
 
+# PEFT 0.21 asks transformers 5 by the attribute's old name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("run", ["ties", "shards", "labels"])
 def test_a_pulled_adapter_gives_the_coordinators_own_logits(
     finished: Finished, tiny_base: Path, tmp_path: Path, run: str, capsys: pytest.CaptureFixture[str]
