@@ -7,6 +7,7 @@ bytes, ``intake`` submissions, ``publishing`` rounds and their merges.
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from weft.server.intake import Intake
 from weft.server.leasing import Leasing
 from weft.server.publishing import Publishing
 from weft.server.records import VersionRecord
-from weft.server.roster import Clock, Roster
+from weft.server.roster import OPERATOR, Clock, Roster
 from weft.server.runfile import RunFile
 from weft.server.state import State
 from weft.server.status import round_statuses, run_statuses, worker_statuses
@@ -310,16 +311,22 @@ class Coordinator:
                 for name, run in sorted(self.runs.items())
                 if caller.may_see(name) and run_id in ("", name)
             ]
+            # The operator's own key works for nobody and need not be watched.
             workers = [
-                worker for worker in self.roster.workers.values() if not run_id or worker.may_see(run_id)
+                worker
+                for worker in self.roster.workers.values()
+                if worker.worker_id != OPERATOR and (not run_id or worker.may_see(run_id))
             ]
+            accepted = Counter(item.worker_id for item in self.state.accepted.values())
             leases, clock = tuple(self.leases.values()), self.state.clock
             return Status(
                 coordinator=self.name,
                 started_at=self.started_at,
                 taken_at=clock.now(),
                 runs=run_statuses(runs, leases),
-                workers=worker_statuses(workers, self.state.live, leases, now_s=clock.monotonic()),
+                workers=worker_statuses(
+                    workers, self.state.live, leases, accepted=accepted, now_s=clock.monotonic()
+                ),
             )
 
     def watch_run(self, caller: Caller, *, run_id: str) -> Status:

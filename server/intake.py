@@ -160,8 +160,7 @@ class Intake:
             run.rounds[round_.module][-1] = round_
             state.last_accept_s[(lease.run, round_.module)] = state.clock.monotonic()
         self._leasing.ended(lease)
-        live = state.live[lease.worker_id]
-        live.num_updates, live.since = live.num_updates + 1, now
+        state.live[lease.worker_id].since = now
         return Receipt(receipt_blake3=accepted.statement_digest, accepted_at=now)
 
     def _advanced(

@@ -28,6 +28,5 @@ class Live:
     unable: dict[str, str] = field(default_factory=dict)
     rejections: dict[RunId, int] = field(default_factory=dict)
     losses: list[LossPoint] = field(default_factory=list)
-    num_updates: int = 0
     bytes_up: int = 0
     bytes_down: int = 0

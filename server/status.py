@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping
 
@@ -28,12 +29,20 @@ def run_statuses(runs: Iterable[Run], leases: tuple[Lease, ...]) -> tuple[RunSta
 
 
 def worker_statuses(
-    workers: Iterable[WorkerRecord], live: Mapping[WorkerId, Live], leases: tuple[Lease, ...], *, now_s: float
+    workers: Iterable[WorkerRecord],
+    live: Mapping[WorkerId, Live],
+    leases: tuple[Lease, ...],
+    *,
+    accepted: Mapping[WorkerId, int],
+    now_s: float,
 ) -> tuple[WorkerStatus, ...]:
-    """Everybody on the roster, by id."""
-    ordered = sorted(workers, key=lambda worker: worker.worker_id)
+    """Those on the roster, by id; ``accepted`` counts the submissions of each."""
     return tuple(
-        _worker_status(worker, live.get(worker.worker_id), leases, now_s=now_s) for worker in ordered
+        dataclasses.replace(
+            _worker_status(worker, live.get(worker.worker_id), leases, now_s=now_s),
+            num_updates=accepted.get(worker.worker_id, 0),
+        )
+        for worker in sorted(workers, key=lambda worker: worker.worker_id)
     )
 
 
@@ -177,7 +186,6 @@ def _worker_status(
         since=live.since if live else worker.joined_at,
         seen_at=live.seen_at if live else None,
         loss=live.losses[-1].loss if live and live.losses else None,
-        num_updates=live.num_updates if live else 0,
         bytes_up=live.bytes_up if live else 0,
         bytes_down=live.bytes_down if live else 0,
         note=_note(live),
