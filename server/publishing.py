@@ -20,7 +20,7 @@ from weft.server.jobs import gate_job, merge_job
 from weft.server.leasing import Leasing
 from weft.server.records import VersionRecord
 from weft.server.rounds import Candidate, Close, Gated, GateResult, Merged, MergeFailed, Round
-from weft.server.run import Run
+from weft.server.run import ContentOf, Run
 from weft.server.state import State
 from weft.server.versions import next_version
 
@@ -98,24 +98,44 @@ class Publishing:
         """Take the engine's result; runs in the engine's thread, without the lock."""
         if done.cancelled():
             return
-        with self._state.lock:
+        try:
+            # Hashing and syncing what may be gigabytes: every report would wait for it under the lock.
+            merged = round_.state is RoundState.MERGING and done.exception() is None
+            candidate = self._candidate(done.result()) if merged else None
+            with self._state.lock:
+                self._jobs.discard((run.record.run, round_.module))
+                self._take_result(run, round_, done, candidate)
+        except StorageError as error:
+            # A full disk, most likely: the round is as it was, and the next tick gives its job again.
+            logger.error("%s/%s is tried again: %s", run.record.run, round_.module, error)
             self._jobs.discard((run.record.run, round_.module))
-            try:
-                self._take_result(run, round_, done)
-            except StorageError as error:
-                # A full disk, most likely: the round is as it was, and the next tick gives its job again.
-                logger.error("%s/%s is tried again: %s", run.record.run, round_.module, error)
         self._state.notify()
 
-    def _take_result(self, run: Run, round_: Round, done: Future[dict[str, Any]]) -> None:
+    def _candidate(self, result: dict[str, Any]) -> Candidate:
+        """What the engine wrote, taken over into the blobs."""
+        blobs = self._state.blobs
+        content = blobs.add_file(Path(result["candidate"]), move=True)
+        outer_state = result.get("outer_state")
+        return Candidate(
+            digest=content.blake3,
+            size_bytes=content.size_bytes,
+            sha256=self._state.content_of(content.blake3, size_bytes=content.size_bytes).sha256,
+            outer_state=blobs.add_file(Path(outer_state), move=True).blake3 if outer_state else None,
+            truncation_error=result.get("truncation_error"),
+            clipped=tuple(result.get("clipped", ())),
+        )
+
+    def _take_result(
+        self, run: Run, round_: Round, done: Future[dict[str, Any]], candidate: Candidate | None
+    ) -> None:
         error = done.exception()
         if isinstance(error, WeftError):
             if not self._state.draining:
                 self._job_failed(run, round_, error)
         elif error is not None:
             logger.error("engine job of %s/%s failed", run.record.run, round_.module, exc_info=error)
-        elif round_.state is RoundState.MERGING:
-            self._merged(run, round_, done.result())
+        elif candidate is not None:
+            self._merged(run, round_, candidate)
         else:
             result = gate.decide(**done.result()["losses"], tolerance=run.run_file.gate.tolerance)
             self._gated(run, round_, result)
@@ -134,17 +154,8 @@ class Publishing:
                 GateResult(passed=False, reason=f"rolled back: the gate could not evaluate: {error.message}"),
             )
 
-    def _merged(self, run: Run, round_: Round, result: dict[str, Any]) -> None:
+    def _merged(self, run: Run, round_: Round, candidate: Candidate) -> None:
         state = self._state
-        content = state.blobs.add_file(Path(result["candidate"]), move=True)
-        outer_state = result.get("outer_state")
-        candidate = Candidate(
-            digest=content.blake3,
-            size_bytes=content.size_bytes,
-            outer_state=state.blobs.add_file(Path(outer_state), move=True).blake3 if outer_state else None,
-            truncation_error=result.get("truncation_error"),
-            clipped=tuple(result.get("clipped", ())),
-        )
         merged = rounds.advance(round_, Merged(candidate), state.clock.now())
         state.replace_round(
             run, merged, f"round {round_.number} of {round_.module} merged {len(round_.updates)} update(s)"
@@ -180,7 +191,8 @@ class Publishing:
     def _publish(self, run: Run, ended: Round, *, now: float) -> VersionRecord:
         assert ended.candidate is not None  # noqa: S101 - only a candidate can be published
         state = self._state
-        content = state.content_of(ended.candidate.digest, size_bytes=ended.candidate.size_bytes)
+        made = ended.candidate
+        content = ContentOf(digest=made.digest, size_bytes=made.size_bytes, sha256=made.sha256)
         version, document = next_version(run, ended, content, state.identity.signing_key, now=now)
         state.write_version(version, document)
         return version

@@ -94,6 +94,8 @@ class Candidate:
 
     digest: Digest
     size_bytes: int
+    sha256: str
+    """Of the same bytes, for other programs that read the manifest."""
     outer_state: Digest | None = None
     """The outer optimiser's state after this round."""
     truncation_error: float | None = None

@@ -209,7 +209,7 @@ class State:
 
     def content_of(self, blob: Digest, *, size_bytes: int) -> ContentOf:
         """What a manifest says of a blob that is here."""
-        # SHA-256 is for other programs that read a manifest, and takes longer than all else here: only when published.
+        # SHA-256 is for other programs that read a manifest, and takes longer than all else here: without the lock.
         return ContentOf(digest=blob, size_bytes=size_bytes, sha256=_sha256(self.blobs.path(blob)))
 
     def remove_unowned(self, blob: Digest) -> None:

@@ -51,7 +51,7 @@ def round_in(state: RoundState = RoundState.COLLECTING, *workers: str, duration_
     )
 
 
-CANDIDATE = Candidate(digest=Digest("1" * 64), size_bytes=3)
+CANDIDATE = Candidate(digest=Digest("1" * 64), size_bytes=3, sha256="2" * 64)
 EVENTS: dict[type[Event], Event] = {
     Accept: Accept(update("w")),
     Close: Close("because"),
