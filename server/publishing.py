@@ -98,18 +98,27 @@ class Publishing:
         """Take the engine's result; runs in the engine's thread, without the lock."""
         if done.cancelled():
             return
+        candidate = None
         try:
-            # Hashing and syncing what may be gigabytes: every report would wait for it under the lock.
-            merged = round_.state is RoundState.MERGING and done.exception() is None
-            candidate = self._candidate(done.result()) if merged else None
+            if round_.state is RoundState.MERGING and done.exception() is None:
+                # Hashing and syncing what may be gigabytes: every report would wait for it under the lock.
+                candidate = self._candidate(done.result())
+        except (StorageError, OSError) as error:
             with self._state.lock:
-                self._jobs.discard((run.record.run, round_.module))
-                self._take_result(run, round_, done, candidate)
-        except StorageError as error:
-            # A full disk, most likely: the round is as it was, and the next tick gives its job again.
-            logger.error("%s/%s is tried again: %s", run.record.run, round_.module, error)
+                self._try_again(run, round_, error)
+            return
+        with self._state.lock:
             self._jobs.discard((run.record.run, round_.module))
+            try:
+                self._take_result(run, round_, done, candidate)
+            except StorageError as error:
+                self._try_again(run, round_, error)
         self._state.notify()
+
+    def _try_again(self, run: Run, round_: Round, error: Exception) -> None:
+        """A full disk, most likely: the round is as it was, and the next tick gives its job again."""
+        self._jobs.discard((run.record.run, round_.module))
+        logger.error("%s/%s is tried again: %s", run.record.run, round_.module, error)
 
     def _candidate(self, result: dict[str, Any]) -> Candidate:
         """What the engine wrote, taken over into the blobs."""

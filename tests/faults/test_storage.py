@@ -21,6 +21,8 @@ from weft.common.ids import Digest, ModuleKey
 from weft.common.manifest import Signed
 from weft.common.protocol import Receipt, Task
 from weft.server.rounds import ENDED
+from weft.server.run import ContentOf
+from weft.server.state import State
 
 MODULE = ModuleKey(0, 0)
 ROUNDS = "count = 2\nquorum = 2\ntarget = 2"
@@ -277,3 +279,29 @@ def test_every_statement_of_the_ledger_may_fail(directory: Path) -> None:
         assert site.run.newest(MODULE).version == 2
         site.crash()
         shutil.rmtree(site.directory)
+
+
+def test_a_candidate_that_cannot_be_read_is_merged_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job that was never forgotten would be a round that never ends."""
+    failures: list[Digest] = []
+
+    def failing(state: State, blob: Digest, *, size_bytes: int) -> ContentOf:
+        if not failures:
+            failures.append(blob)
+            raise OSError(errno.EIO, "the disk failed")
+        return content_of(state, blob, size_bytes=size_bytes)
+
+    site = Site(directory / "s")
+    site.add_run(run_file(rounds="count = 1\nquorum = 1\ntarget = 1"))
+    (a,) = site.workers("a")
+    content_of = State.content_of
+    monkeypatch.setattr(State, "content_of", failing)
+    a.work()
+    assert site.run.newest(MODULE).version == 0
+    assert not site.coordinator.busy
+    site.coordinator.tick()
+    assert len(failures) == 1
+    assert site.run.newest(MODULE).version == 1
+    site.crash()
