@@ -10,6 +10,7 @@ raises the same class. ``assert`` is for our own bugs only.
     ├── InputError                  3   a file, a base or a data set cannot be used
     │   ├── DataError               ·   empty, unreadable, too short
     │   ├── BaseModelError          ·   digest differs, unsupported class, target matches nothing
+    │   ├── RouterMismatch          ·   fitted to another base or other paths
     │   ├── TensorFileError         ·   not a well-formed tensor file
     │   └── CodecError              ·   not a well-formed update
     ├── AccessError                 4   who you are, or what you may do
@@ -22,6 +23,7 @@ raises the same class. ``assert`` is for our own bugs only.
     ├── SubmissionRefused           5   an update that changes nothing
     │   ├── LeaseLost               ·   expired, revoked or of an older epoch
     │   ├── RoundClosed             ·   too late: the round no longer collects
+    │   ├── UpdateTooStale          ·   asynchronous: it started from too old a version
     │   ├── ConflictingUpdate       ·   another payload was accepted for this task and epoch
     │   ├── ForgedUpdate            ·   signature or statement does not fit the lease
     │   └── UpdateRejected          ·   schema, finiteness or size
@@ -88,6 +90,10 @@ class BaseModelError(InputError):
     """The base differs from the pinned one or cannot carry the modules asked for."""
 
 
+class RouterMismatch(InputError):
+    """The router was fitted to another base, or to other paths."""
+
+
 class TensorFileError(InputError):
     """Bytes are not a well-formed tensor file."""
 
@@ -138,6 +144,10 @@ class LeaseLost(SubmissionRefused):
 
 class RoundClosed(SubmissionRefused):
     """The round no longer collects updates."""
+
+
+class UpdateTooStale(SubmissionRefused):
+    """Asynchronous rounds: the update started from a version that is too old."""
 
 
 class ConflictingUpdate(SubmissionRefused):

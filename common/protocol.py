@@ -28,6 +28,14 @@ class Stage(enum.Enum):
     SENDING = 5
 
 
+class Purpose(enum.Enum):
+    """What a task is for."""
+
+    TRAIN = 1
+    EVALUATE = 2
+    ROUTE = 3
+
+
 class RoundState(enum.Enum):
     """Where a round is."""
 
@@ -66,6 +74,15 @@ class Unable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a worker can train of a run."""
+
+    run_id: str
+    rank_max: int
+    levels_max: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleStart:
     """The version of a module that a task starts from."""
 
@@ -76,6 +93,14 @@ class ModuleStart:
     train: bool
     round_number: int
     steps_before: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobRef:
+    """A blob to get."""
+
+    blake3: Digest
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +117,10 @@ class Task:
     recipe_blake3: Digest
     num_steps: int
     update_bytes_max: int
+    purpose: Purpose = Purpose.TRAIN
+    router: BlobRef | None = None
+    shard: BlobRef | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +191,7 @@ class ResolvedModule:
     manifests: tuple[Signed, ...]
     coordinator_public_key: bytes
     endorsement: bytes
+    router: BlobRef | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,6 +246,20 @@ class ModuleStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PathStatus:
+    """One path."""
+
+    path: str
+    state: str
+    workers: tuple[str, ...]
+    num_in: int
+    validation_loss: float | None = None
+    best_loss: float | None = None
+    best_versions: tuple[int, ...] = ()
+    num_sequences: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunStatus:
     """One run."""
 
@@ -231,6 +275,7 @@ class RunStatus:
     bytes_down: int = 0
     bytes_up_bf16: int = 0
     eta_s: float | None = None
+    paths: tuple[PathStatus, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

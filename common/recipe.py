@@ -50,8 +50,11 @@ class TaskSettings:
     """causal-lm or sequence-classification."""
     num_labels: int = 0
     """Number of classes; only for sequence-classification."""
+    prefix_tokens: int = 0
+    """First tokens of each document that are read and neither learnt nor counted: 32 where documents are routed."""
 
     def __post_init__(self) -> None:
+        _check("task.prefix_tokens", self.prefix_tokens, 0, 4096, "32")
         if self.kind is TaskKind.SEQUENCE_CLASSIFICATION and not 2 <= self.num_labels <= 100_000:
             raise UsageError(
                 f"task.num_labels is {self.num_labels}", hint="sequence-classification needs at least 2"
@@ -149,6 +152,61 @@ class FisherSettings:
     """Sequences it is taken over; 0 when the rule does not need it."""
 
 
+class RoutingMode(enum.StrEnum):
+    """Whose the documents are, and who sends them to their paths."""
+
+    NONE = "none"
+    GIVEN = "given"
+    LOCAL = "local"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingSettings:
+    """How documents come to paths, as far as workers take part in it."""
+
+    mode: RoutingMode = RoutingMode.NONE
+    """none: every path learns from all of a worker's data; given: the coordinator sends a path's shard with the task;
+    local: a worker routes its own documents with the coordinator's router and tells how many each path gets."""
+    overlap: int = 1
+    """How many paths a training document belongs to: its best n."""
+    validation_share: float = 0.05
+    """Share of a path's documents that is held out where they lie, for evaluation tasks and early stopping."""
+    reroute_tokens: int = 0
+    """At inference, choose the path anew every so many tokens; 0 keeps the prompt's."""
+
+    def __post_init__(self) -> None:
+        _check("routing.overlap", self.overlap, 1, 64, "1")
+        _check("routing.validation_share", self.validation_share, 0, 0.5, "0.05")
+        _check("routing.reroute_tokens", self.reroute_tokens, 0, 1_000_000, "64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowUplink:
+    """What a worker sends that is behind a slow line."""
+
+    below_mbit_s: float
+    """A worker whose uplink was measured below this many Mbit/s uses the codec of this table."""
+    codec: CodecSettings
+    """How it encodes its updates."""
+
+    def __post_init__(self) -> None:
+        _check("slow_uplink.below_mbit_s", self.below_mbit_s, 0.001, 1e6, "20")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamingSettings:
+    """Streaming fragments (arXiv 2501.18512): all of a path's modules train, some of them are sent at a time."""
+
+    overlap_steps: int = 5
+    """Steps that a worker goes on training while an update is sent and new versions come in; 0 waits."""
+    mixing: float = 0.5
+    """Share of the worker's own parameters in what it goes on with when a new version comes in."""
+
+    def __post_init__(self) -> None:
+        _check("streaming.overlap_steps", self.overlap_steps, 0, 10_000, "5")
+        _check("streaming.mixing", self.mixing, 0, 1, "0.5")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything a worker has to know of a run."""
@@ -165,8 +223,14 @@ class Recipe:
     """How a worker trains."""
     codec: CodecSettings = field(default_factory=CodecSettings)
     """How an update is encoded."""
+    slow_uplink: SlowUplink | None = None
+    """What workers behind a slow line send instead."""
     fisher: FisherSettings = FisherSettings()
     """Statistics sent beside the update."""
+    routing: RoutingSettings = RoutingSettings()
+    """How documents come to paths."""
+    streaming: StreamingSettings | None = None
+    """Fragments and overlap; unset sends all that was trained and waits."""
     num_rounds: int = 10
     """Versions that the run makes of each module."""
     idle_s: float = 120.0
@@ -182,3 +246,8 @@ class Recipe:
             raise UsageError(
                 f"recipe format {self.format} is not known here", hint="upgrade weft on this machine"
             )
+
+    @property
+    def codecs(self) -> tuple[CodecSettings, ...]:
+        """The codecs that an update may come in."""
+        return (self.codec,) if self.slow_uplink is None else (self.codec, self.slow_uplink.codec)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from weft.common.errors import UsageError
-from weft.common.ids import ModuleKey, RunId, TaskId, WorkerId, digest
+from weft.common.ids import ModuleKey, Path, RunId, TaskId, WorkerId, digest
 
 JOIN_TYPE: Final = "application/vnd.weft.join+json"
 """DSSE payload type of a JoinStatement."""
 UPDATE_TYPE: Final = "application/vnd.weft.update+json"
 """DSSE payload type of an UpdateStatement."""
-STATEMENT_BYTES_MAX: Final = 256 * 1024
+STATEMENT_BYTES_MAX: Final = 1024 * 1024
 _LOSS_MAX: Final = 1e9
 
 
@@ -61,8 +61,23 @@ class UpdateOfModule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holding:
+    """How much a worker holds for a path: counts are all that leaves it."""
+
+    path: str
+    num_documents: int
+    num_sequences: int
+    """Training sequences that they make."""
+
+    def __post_init__(self) -> None:
+        Path.parse(self.path)
+        if min(self.num_documents, self.num_sequences) < 0:
+            raise UsageError("the update statement has a negative count")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateStatement:
-    """What a worker says when it hands in a task."""
+    """What a worker says when it hands in a task: of training, of an evaluation or of routing its documents."""
 
     run: RunId
     task: TaskId
@@ -71,13 +86,20 @@ class UpdateStatement:
     """Of the lease."""
     recipe: str
     """BLAKE3-256 of the recipe's payload."""
-    updates: tuple[UpdateOfModule, ...]
-    num_steps: int
-    num_tokens: int
-    loss_first: float
+    updates: tuple[UpdateOfModule, ...] = ()
+    """Empty unless the task was to train."""
+    num_steps: int = 0
+    num_tokens: int = 0
+    loss_first: float = 0.0
     """Mean loss of the first tenth of the steps, nats."""
-    loss_last: float
+    loss_last: float = 0.0
     """Mean loss of the second half of the steps, nats."""
+    validation_loss: float | None = None
+    """Of an evaluation: nats per label on the held-out part of the worker's data for the path."""
+    validation_labels: int = 0
+    """Labels that it is the mean of."""
+    holdings: tuple[Holding, ...] = ()
+    """Of routing: what each path got, paths without a document left out."""
     format: int = 1
 
     def __post_init__(self) -> None:
@@ -85,9 +107,12 @@ class UpdateStatement:
             raise UsageError(
                 f"update statement format {self.format} is not known here", hint="upgrade the coordinator"
             )
-        if not all(
-            math.isfinite(loss) and abs(loss) < _LOSS_MAX for loss in (self.loss_first, self.loss_last)
-        ):
+        losses = (self.loss_first, self.loss_last, self.validation_loss or 0.0)
+        if not all(math.isfinite(loss) and abs(loss) < _LOSS_MAX for loss in losses):
             raise UsageError("the update statement has a loss that is not finite")
-        if self.num_steps < 1 or self.num_tokens < 0 or self.epoch < 1:
+        if min(self.num_steps, self.num_tokens, self.validation_labels) < 0 or self.epoch < 1:
             raise UsageError("the update statement has a negative count")
+        if bool(self.updates) != bool(self.num_steps):
+            raise UsageError("the update statement has steps without updates, or updates without steps")
+        if len({holding.path for holding in self.holdings}) < len(self.holdings):
+            raise UsageError("the update statement names a path twice")

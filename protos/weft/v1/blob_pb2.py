@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from weft.v1 import identity_pb2 as weft_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12weft/v1/blob.proto\x12\x07weft.v1\x1a\x16weft/v1/identity.proto\"H\n\x0c\x42lobManifest\x12\x0e\n\x06\x62lake3\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x63hunk_blake3\x18\x03 \x03(\x0c\"N\n\x12\x46indMissingRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12#\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x15.weft.v1.BlobManifest\"Y\n\x13\x46indMissingResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\x12\x0f\n\x07missing\x18\x03 \x03(\r\"S\n\x0fPutChunkRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\x0e\n\x06\x62lake3\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"3\n\x10PutChunkResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\"8\n\x11\x43ommitBlobRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\x0e\n\x06\x62lake3\x18\x02 \x01(\x0c\"5\n\x12\x43ommitBlobResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\" \n\x0eGetBlobRequest\x12\x0e\n\x06\x62lake3\x18\x01 \x01(\x0c\"W\n\x0fGetBlobResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12#\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x15.weft.v1.BlobManifest\"0\n\x0fGetChunkRequest\x12\x0e\n\x06\x62lake3\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\"A\n\x10GetChunkResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12weft/v1/blob.proto\x12\x07weft.v1\x1a\x16weft/v1/identity.proto\"H\n\x0c\x42lobManifest\x12\x0e\n\x06\x62lake3\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x63hunk_blake3\x18\x03 \x03(\x0c\"-\n\x07\x42lobRef\x12\x0e\n\x06\x62lake3\x18\x01 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"N\n\x12\x46indMissingRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12#\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x15.weft.v1.BlobManifest\"Y\n\x13\x46indMissingResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\x12\x0f\n\x07missing\x18\x03 \x03(\r\"S\n\x0fPutChunkRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\x0e\n\x06\x62lake3\x18\x02 \x01(\x0c\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"3\n\x10PutChunkResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\"8\n\x11\x43ommitBlobRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\x0e\n\x06\x62lake3\x18\x02 \x01(\x0c\"5\n\x12\x43ommitBlobResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\" \n\x0eGetBlobRequest\x12\x0e\n\x06\x62lake3\x18\x01 \x01(\x0c\"W\n\x0fGetBlobResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12#\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x15.weft.v1.BlobManifest\"0\n\x0fGetChunkRequest\x12\x0e\n\x06\x62lake3\x18\x01 \x01(\x0c\x12\r\n\x05index\x18\x02 \x01(\r\"A\n\x10GetChunkResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,24 +34,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BLOBMANIFEST']._serialized_start=55
   _globals['_BLOBMANIFEST']._serialized_end=127
-  _globals['_FINDMISSINGREQUEST']._serialized_start=129
-  _globals['_FINDMISSINGREQUEST']._serialized_end=207
-  _globals['_FINDMISSINGRESPONSE']._serialized_start=209
-  _globals['_FINDMISSINGRESPONSE']._serialized_end=298
-  _globals['_PUTCHUNKREQUEST']._serialized_start=300
-  _globals['_PUTCHUNKREQUEST']._serialized_end=383
-  _globals['_PUTCHUNKRESPONSE']._serialized_start=385
-  _globals['_PUTCHUNKRESPONSE']._serialized_end=436
-  _globals['_COMMITBLOBREQUEST']._serialized_start=438
-  _globals['_COMMITBLOBREQUEST']._serialized_end=494
-  _globals['_COMMITBLOBRESPONSE']._serialized_start=496
-  _globals['_COMMITBLOBRESPONSE']._serialized_end=549
-  _globals['_GETBLOBREQUEST']._serialized_start=551
-  _globals['_GETBLOBREQUEST']._serialized_end=583
-  _globals['_GETBLOBRESPONSE']._serialized_start=585
-  _globals['_GETBLOBRESPONSE']._serialized_end=672
-  _globals['_GETCHUNKREQUEST']._serialized_start=674
-  _globals['_GETCHUNKREQUEST']._serialized_end=722
-  _globals['_GETCHUNKRESPONSE']._serialized_start=724
-  _globals['_GETCHUNKRESPONSE']._serialized_end=789
+  _globals['_BLOBREF']._serialized_start=129
+  _globals['_BLOBREF']._serialized_end=174
+  _globals['_FINDMISSINGREQUEST']._serialized_start=176
+  _globals['_FINDMISSINGREQUEST']._serialized_end=254
+  _globals['_FINDMISSINGRESPONSE']._serialized_start=256
+  _globals['_FINDMISSINGRESPONSE']._serialized_end=345
+  _globals['_PUTCHUNKREQUEST']._serialized_start=347
+  _globals['_PUTCHUNKREQUEST']._serialized_end=430
+  _globals['_PUTCHUNKRESPONSE']._serialized_start=432
+  _globals['_PUTCHUNKRESPONSE']._serialized_end=483
+  _globals['_COMMITBLOBREQUEST']._serialized_start=485
+  _globals['_COMMITBLOBREQUEST']._serialized_end=541
+  _globals['_COMMITBLOBRESPONSE']._serialized_start=543
+  _globals['_COMMITBLOBRESPONSE']._serialized_end=596
+  _globals['_GETBLOBREQUEST']._serialized_start=598
+  _globals['_GETBLOBREQUEST']._serialized_end=630
+  _globals['_GETBLOBRESPONSE']._serialized_start=632
+  _globals['_GETBLOBRESPONSE']._serialized_end=719
+  _globals['_GETCHUNKREQUEST']._serialized_start=721
+  _globals['_GETCHUNKREQUEST']._serialized_end=769
+  _globals['_GETCHUNKRESPONSE']._serialized_start=771
+  _globals['_GETCHUNKRESPONSE']._serialized_end=836
 # @@protoc_insertion_point(module_scope)

@@ -42,9 +42,31 @@ class BlobManifest(google.protobuf.message.Message):
 global___BlobManifest = BlobManifest
 
 @typing.final
-class FindMissingRequest(google.protobuf.message.Message):
-    """Declares a blob that belongs to a leased task and asks which chunks are missing. Idempotent."""
+class BlobRef(google.protobuf.message.Message):
+    """Declares a blob that belongs to a leased task and asks which chunks are missing. Idempotent.
+    A blob to get with GetBlob and GetChunk.
+    """
 
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLAKE3_FIELD_NUMBER: builtins.int
+    SIZE_BYTES_FIELD_NUMBER: builtins.int
+    blake3: builtins.bytes
+    """BLAKE3-256, 32 bytes."""
+    size_bytes: builtins.int
+    """Size of the whole blob."""
+    def __init__(
+        self,
+        *,
+        blake3: builtins.bytes = ...,
+        size_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["blake3", b"blake3", "size_bytes", b"size_bytes"]) -> None: ...
+
+global___BlobRef = BlobRef
+
+@typing.final
+class FindMissingRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LEASE_TOKEN_FIELD_NUMBER: builtins.int

@@ -22,26 +22,27 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from weft.v1 import blob_pb2 as weft_dot_v1_dot_blob__pb2
 from weft.v1 import identity_pb2 as weft_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14weft/v1/module.proto\x12\x07weft.v1\x1a\x16weft/v1/identity.proto\"\"\n\x10GetRecipeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"U\n\x11GetRecipeResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x1f\n\x06recipe\x18\x02 \x01(\x0b\x32\x0f.weft.v1.Signed\"#\n\x14ResolveModuleRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\xb2\x01\n\x15ResolveModuleResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x1f\n\x06recipe\x18\x02 \x01(\x0b\x32\x0f.weft.v1.Signed\x12\"\n\tmanifests\x18\x03 \x03(\x0b\x32\x0f.weft.v1.Signed\x12\x1e\n\x16\x63oordinator_public_key\x18\x04 \x01(\x0c\x12\x13\n\x0b\x65ndorsement\x18\x05 \x01(\x0c\"5\n\x13ListVersionsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06module\x18\x02 \x01(\t\"[\n\x14ListVersionsResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\"\n\tmanifests\x18\x02 \x03(\x0b\x32\x0f.weft.v1.Signedb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14weft/v1/module.proto\x12\x07weft.v1\x1a\x12weft/v1/blob.proto\x1a\x16weft/v1/identity.proto\"\"\n\x10GetRecipeRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"U\n\x11GetRecipeResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x1f\n\x06recipe\x18\x02 \x01(\x0b\x32\x0f.weft.v1.Signed\"#\n\x14ResolveModuleRequest\x12\x0b\n\x03ref\x18\x01 \x01(\t\"\xe4\x01\n\x15ResolveModuleResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x1f\n\x06recipe\x18\x02 \x01(\x0b\x32\x0f.weft.v1.Signed\x12\"\n\tmanifests\x18\x03 \x03(\x0b\x32\x0f.weft.v1.Signed\x12\x1e\n\x16\x63oordinator_public_key\x18\x04 \x01(\x0c\x12\x13\n\x0b\x65ndorsement\x18\x05 \x01(\x0c\x12%\n\x06router\x18\x06 \x01(\x0b\x32\x10.weft.v1.BlobRefH\x00\x88\x01\x01\x42\t\n\x07_router\"5\n\x13ListVersionsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06module\x18\x02 \x01(\t\"[\n\x14ListVersionsResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\"\n\tmanifests\x18\x02 \x03(\x0b\x32\x0f.weft.v1.Signedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.v1.module_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETRECIPEREQUEST']._serialized_start=57
-  _globals['_GETRECIPEREQUEST']._serialized_end=91
-  _globals['_GETRECIPERESPONSE']._serialized_start=93
-  _globals['_GETRECIPERESPONSE']._serialized_end=178
-  _globals['_RESOLVEMODULEREQUEST']._serialized_start=180
-  _globals['_RESOLVEMODULEREQUEST']._serialized_end=215
-  _globals['_RESOLVEMODULERESPONSE']._serialized_start=218
-  _globals['_RESOLVEMODULERESPONSE']._serialized_end=396
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=398
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=451
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=453
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=544
+  _globals['_GETRECIPEREQUEST']._serialized_start=77
+  _globals['_GETRECIPEREQUEST']._serialized_end=111
+  _globals['_GETRECIPERESPONSE']._serialized_start=113
+  _globals['_GETRECIPERESPONSE']._serialized_end=198
+  _globals['_RESOLVEMODULEREQUEST']._serialized_start=200
+  _globals['_RESOLVEMODULEREQUEST']._serialized_end=235
+  _globals['_RESOLVEMODULERESPONSE']._serialized_start=238
+  _globals['_RESOLVEMODULERESPONSE']._serialized_end=466
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=468
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=521
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=523
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=614
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
 import typing
+import weft.v1.blob_pb2
 import weft.v1.identity_pb2
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
@@ -66,7 +67,9 @@ class ResolveModuleRequest(google.protobuf.message.Message):
 
     REF_FIELD_NUMBER: builtins.int
     ref: builtins.str
-    """RUN, RUN/level.expert or RUN/path:0.0, each with @VERSION or without (the newest)."""
+    """RUN (all modules), RUN/level.expert or RUN/path:0.0, each with @VERSION or without (the newest); a path also with
+    @best, the versions of lowest loss on its held-out data.
+    """
     def __init__(
         self,
         *,
@@ -87,6 +90,7 @@ class ResolveModuleResponse(google.protobuf.message.Message):
     MANIFESTS_FIELD_NUMBER: builtins.int
     COORDINATOR_PUBLIC_KEY_FIELD_NUMBER: builtins.int
     ENDORSEMENT_FIELD_NUMBER: builtins.int
+    ROUTER_FIELD_NUMBER: builtins.int
     coordinator_public_key: builtins.bytes
     """Ed25519 public key that signed them, 32 bytes."""
     endorsement: builtins.bytes
@@ -105,6 +109,10 @@ class ResolveModuleResponse(google.protobuf.message.Message):
         blob's digest is in it.
         """
 
+    @property
+    def router(self) -> weft.v1.blob_pb2.BlobRef:
+        """The run's router; absent when nothing is routed."""
+
     def __init__(
         self,
         *,
@@ -113,9 +121,11 @@ class ResolveModuleResponse(google.protobuf.message.Message):
         manifests: collections.abc.Iterable[weft.v1.identity_pb2.Signed] | None = ...,
         coordinator_public_key: builtins.bytes = ...,
         endorsement: builtins.bytes = ...,
+        router: weft.v1.blob_pb2.BlobRef | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["header", b"header", "recipe", b"recipe"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["coordinator_public_key", b"coordinator_public_key", "endorsement", b"endorsement", "header", b"header", "manifests", b"manifests", "recipe", b"recipe"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_router", b"_router", "header", b"header", "recipe", b"recipe", "router", b"router"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_router", b"_router", "coordinator_public_key", b"coordinator_public_key", "endorsement", b"endorsement", "header", b"header", "manifests", b"manifests", "recipe", b"recipe", "router", b"router"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_router", b"_router"]) -> typing.Literal["router"] | None: ...
 
 global___ResolveModuleResponse = ResolveModuleResponse
 

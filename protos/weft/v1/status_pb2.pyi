@@ -260,6 +260,7 @@ class RunStatus(google.protobuf.message.Message):
     BYTES_DOWN_FIELD_NUMBER: builtins.int
     BYTES_UP_BF16_FIELD_NUMBER: builtins.int
     ETA_S_FIELD_NUMBER: builtins.int
+    PATHS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
     num_rounds: builtins.int
@@ -286,6 +287,10 @@ class RunStatus(google.protobuf.message.Message):
     def modules(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModuleStatus]:
         """All its modules, by level, then expert."""
 
+    @property
+    def paths(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PathStatus]:
+        """All paths, when there are several."""
+
     def __init__(
         self,
         *,
@@ -301,12 +306,68 @@ class RunStatus(google.protobuf.message.Message):
         bytes_down: builtins.int = ...,
         bytes_up_bf16: builtins.int = ...,
         eta_s: builtins.float | None = ...,
+        paths: collections.abc.Iterable[global___PathStatus] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_eta_s", b"_eta_s", "eta_s", b"eta_s"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_eta_s", b"_eta_s", "base_digest", b"base_digest", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "bytes_up_bf16", b"bytes_up_bf16", "codec", b"codec", "eta_s", b"eta_s", "finished", b"finished", "modules", b"modules", "num_rounds", b"num_rounds", "reason", b"reason", "rule", b"rule", "run_id", b"run_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_eta_s", b"_eta_s", "base_digest", b"base_digest", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "bytes_up_bf16", b"bytes_up_bf16", "codec", b"codec", "eta_s", b"eta_s", "finished", b"finished", "modules", b"modules", "num_rounds", b"num_rounds", "paths", b"paths", "reason", b"reason", "rule", b"rule", "run_id", b"run_id"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_eta_s", b"_eta_s"]) -> typing.Literal["eta_s"] | None: ...
 
 global___RunStatus = RunStatus
+
+@typing.final
+class PathStatus(google.protobuf.message.Message):
+    """One path: one expert per level."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    STATE_FIELD_NUMBER: builtins.int
+    WORKERS_FIELD_NUMBER: builtins.int
+    NUM_IN_FIELD_NUMBER: builtins.int
+    VALIDATION_LOSS_FIELD_NUMBER: builtins.int
+    BEST_LOSS_FIELD_NUMBER: builtins.int
+    BEST_VERSIONS_FIELD_NUMBER: builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """Dotted expert numbers."""
+    state: builtins.str
+    """One line for people: at work, waits for what, stopped, why nobody serves it."""
+    num_in: builtins.int
+    """Updates that its modules' current rounds have of it."""
+    validation_loss: builtins.float
+    """Newest loss on its held-out data, nats; absent before the first evaluation."""
+    best_loss: builtins.float
+    """Lowest so far."""
+    num_sequences: builtins.int
+    """Training sequences that are known of; 0 when that is not known."""
+    @property
+    def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Workers at work on it."""
+
+    @property
+    def best_versions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Versions of its modules with that loss, by level."""
+
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        state: builtins.str = ...,
+        workers: collections.abc.Iterable[builtins.str] | None = ...,
+        num_in: builtins.int = ...,
+        validation_loss: builtins.float | None = ...,
+        best_loss: builtins.float | None = ...,
+        best_versions: collections.abc.Iterable[builtins.int] | None = ...,
+        num_sequences: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_best_loss", b"_best_loss", "_validation_loss", b"_validation_loss", "best_loss", b"best_loss", "validation_loss", b"validation_loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_best_loss", b"_best_loss", "_validation_loss", b"_validation_loss", "best_loss", b"best_loss", "best_versions", b"best_versions", "num_in", b"num_in", "num_sequences", b"num_sequences", "path", b"path", "state", b"state", "validation_loss", b"validation_loss", "workers", b"workers"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_best_loss", b"_best_loss"]) -> typing.Literal["best_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_validation_loss", b"_validation_loss"]) -> typing.Literal["validation_loss"] | None: ...
+
+global___PathStatus = PathStatus
 
 @typing.final
 class WorkerStatus(google.protobuf.message.Message):

@@ -23,40 +23,45 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from weft.v1 import blob_pb2 as weft_dot_v1_dot_blob__pb2
 from weft.v1 import identity_pb2 as weft_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12weft/v1/task.proto\x12\x07weft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16weft/v1/identity.proto\"X\n\x0fPollTaskRequest\x12\x0e\n\x06wait_s\x18\x01 \x01(\x01\x12\x1f\n\x06unable\x18\x02 \x03(\x0b\x32\x0f.weft.v1.Unable\x12\x14\n\x0ctokens_per_s\x18\x03 \x01(\x01\"(\n\x06Unable\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"w\n\x10PollTaskResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x1b\n\x04task\x18\x02 \x01(\x0b\x32\r.weft.v1.Task\x12\x13\n\x0bwait_reason\x18\x03 \x01(\t\x12\x10\n\x08\x66inished\x18\x04 \x01(\x08\"\x8d\x01\n\x0bModuleStart\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x62lake3\x18\x03 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\r\n\x05train\x18\x05 \x01(\x08\x12\x14\n\x0cround_number\x18\x06 \x01(\x04\x12\x14\n\x0csteps_before\x18\x07 \x01(\x04\"\xdb\x01\n\x04Task\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\t\x12\x13\n\x0blease_epoch\x18\x04 \x01(\x04\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\x12\x0c\n\x04path\x18\x06 \x01(\t\x12%\n\x07modules\x18\x07 \x03(\x0b\x32\x14.weft.v1.ModuleStart\x12\x15\n\rrecipe_blake3\x18\x08 \x01(\x0c\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x18\n\x10update_bytes_max\x18\n \x01(\x04\"\'\n\tLossPoint\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04loss\x18\x02 \x01(\x01\"\xaa\x01\n\x15ReportProgressRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\x1d\n\x05stage\x18\x02 \x01(\x0e\x32\x0e.weft.v1.Stage\x12\x10\n\x08num_done\x18\x03 \x01(\x04\x12\x11\n\tnum_total\x18\x04 \x01(\x04\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x01\x12\"\n\x06losses\x18\x06 \x03(\x0b\x32\x12.weft.v1.LossPoint\"W\n\x16ReportProgressResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x0c\n\x04stop\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"N\n\x13SubmitUpdateRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\"\n\tstatement\x18\x02 \x01(\x0b\x32\x0f.weft.v1.Signed\"\x80\x01\n\x14SubmitUpdateResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x16\n\x0ereceipt_blake3\x18\x02 \x01(\x0c\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\x12ReleaseTaskRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\x13ReleaseTaskResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header*\x80\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTAGE_FETCHING\x10\x01\x12\x11\n\rSTAGE_LOADING\x10\x02\x12\x12\n\x0eSTAGE_TRAINING\x10\x03\x12\x12\n\x0eSTAGE_ENCODING\x10\x04\x12\x11\n\rSTAGE_SENDING\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12weft/v1/task.proto\x12\x07weft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x12weft/v1/blob.proto\x1a\x16weft/v1/identity.proto\"x\n\x0fPollTaskRequest\x12\x0e\n\x06wait_s\x18\x01 \x01(\x01\x12\x1f\n\x06unable\x18\x02 \x03(\x0b\x32\x0f.weft.v1.Unable\x12\x14\n\x0ctokens_per_s\x18\x03 \x01(\x01\x12\x1e\n\x06limits\x18\x04 \x03(\x0b\x32\x0e.weft.v1.Limit\"=\n\x05Limit\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08rank_max\x18\x02 \x01(\r\x12\x12\n\nlevels_max\x18\x03 \x01(\r\"(\n\x06Unable\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"w\n\x10PollTaskResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x1b\n\x04task\x18\x02 \x01(\x0b\x32\r.weft.v1.Task\x12\x13\n\x0bwait_reason\x18\x03 \x01(\t\x12\x10\n\x08\x66inished\x18\x04 \x01(\x08\"\x8d\x01\n\x0bModuleStart\x12\x0e\n\x06module\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0e\n\x06\x62lake3\x18\x03 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12\r\n\x05train\x18\x05 \x01(\x08\x12\x14\n\x0cround_number\x18\x06 \x01(\x04\x12\x14\n\x0csteps_before\x18\x07 \x01(\x04\"\xee\x02\n\x04Task\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x13\n\x0blease_token\x18\x03 \x01(\t\x12\x13\n\x0blease_epoch\x18\x04 \x01(\x04\x12\x0f\n\x07lease_s\x18\x05 \x01(\x01\x12\x0c\n\x04path\x18\x06 \x01(\t\x12%\n\x07modules\x18\x07 \x03(\x0b\x32\x14.weft.v1.ModuleStart\x12\x15\n\rrecipe_blake3\x18\x08 \x01(\x0c\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x18\n\x10update_bytes_max\x18\n \x01(\x04\x12!\n\x07purpose\x18\x0b \x01(\x0e\x32\x10.weft.v1.Purpose\x12%\n\x06router\x18\x0c \x01(\x0b\x32\x10.weft.v1.BlobRefH\x00\x88\x01\x01\x12$\n\x05shard\x18\r \x01(\x0b\x32\x10.weft.v1.BlobRefH\x01\x88\x01\x01\x12\x0c\n\x04rank\x18\x0e \x01(\rB\t\n\x07_routerB\x08\n\x06_shard\"\'\n\tLossPoint\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04loss\x18\x02 \x01(\x01\"\xaa\x01\n\x15ReportProgressRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\x1d\n\x05stage\x18\x02 \x01(\x0e\x32\x0e.weft.v1.Stage\x12\x10\n\x08num_done\x18\x03 \x01(\x04\x12\x11\n\tnum_total\x18\x04 \x01(\x04\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x01\x12\"\n\x06losses\x18\x06 \x03(\x0b\x32\x12.weft.v1.LossPoint\"W\n\x16ReportProgressResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x0c\n\x04stop\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"N\n\x13SubmitUpdateRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\"\n\tstatement\x18\x02 \x01(\x0b\x32\x0f.weft.v1.Signed\"\x80\x01\n\x14SubmitUpdateResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header\x12\x16\n\x0ereceipt_blake3\x18\x02 \x01(\x0c\x12/\n\x0b\x61\x63\x63\x65pted_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\x12ReleaseTaskRequest\x12\x13\n\x0blease_token\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"6\n\x13ReleaseTaskResponse\x12\x1f\n\x06header\x18\x01 \x01(\x0b\x32\x0f.weft.v1.Header*^\n\x07Purpose\x12\x17\n\x13PURPOSE_UNSPECIFIED\x10\x00\x12\x11\n\rPURPOSE_TRAIN\x10\x01\x12\x14\n\x10PURPOSE_EVALUATE\x10\x02\x12\x11\n\rPURPOSE_ROUTE\x10\x03*\x80\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTAGE_FETCHING\x10\x01\x12\x11\n\rSTAGE_LOADING\x10\x02\x12\x12\n\x0eSTAGE_TRAINING\x10\x03\x12\x12\n\x0eSTAGE_ENCODING\x10\x04\x12\x11\n\rSTAGE_SENDING\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.v1.task_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STAGE']._serialized_start=1337
-  _globals['_STAGE']._serialized_end=1465
-  _globals['_POLLTASKREQUEST']._serialized_start=88
-  _globals['_POLLTASKREQUEST']._serialized_end=176
-  _globals['_UNABLE']._serialized_start=178
-  _globals['_UNABLE']._serialized_end=218
-  _globals['_POLLTASKRESPONSE']._serialized_start=220
-  _globals['_POLLTASKRESPONSE']._serialized_end=339
-  _globals['_MODULESTART']._serialized_start=342
-  _globals['_MODULESTART']._serialized_end=483
-  _globals['_TASK']._serialized_start=486
-  _globals['_TASK']._serialized_end=705
-  _globals['_LOSSPOINT']._serialized_start=707
-  _globals['_LOSSPOINT']._serialized_end=746
-  _globals['_REPORTPROGRESSREQUEST']._serialized_start=749
-  _globals['_REPORTPROGRESSREQUEST']._serialized_end=919
-  _globals['_REPORTPROGRESSRESPONSE']._serialized_start=921
-  _globals['_REPORTPROGRESSRESPONSE']._serialized_end=1008
-  _globals['_SUBMITUPDATEREQUEST']._serialized_start=1010
-  _globals['_SUBMITUPDATEREQUEST']._serialized_end=1088
-  _globals['_SUBMITUPDATERESPONSE']._serialized_start=1091
-  _globals['_SUBMITUPDATERESPONSE']._serialized_end=1219
-  _globals['_RELEASETASKREQUEST']._serialized_start=1221
-  _globals['_RELEASETASKREQUEST']._serialized_end=1278
-  _globals['_RELEASETASKRESPONSE']._serialized_start=1280
-  _globals['_RELEASETASKRESPONSE']._serialized_end=1334
+  _globals['_PURPOSE']._serialized_start=1598
+  _globals['_PURPOSE']._serialized_end=1692
+  _globals['_STAGE']._serialized_start=1695
+  _globals['_STAGE']._serialized_end=1823
+  _globals['_POLLTASKREQUEST']._serialized_start=108
+  _globals['_POLLTASKREQUEST']._serialized_end=228
+  _globals['_LIMIT']._serialized_start=230
+  _globals['_LIMIT']._serialized_end=291
+  _globals['_UNABLE']._serialized_start=293
+  _globals['_UNABLE']._serialized_end=333
+  _globals['_POLLTASKRESPONSE']._serialized_start=335
+  _globals['_POLLTASKRESPONSE']._serialized_end=454
+  _globals['_MODULESTART']._serialized_start=457
+  _globals['_MODULESTART']._serialized_end=598
+  _globals['_TASK']._serialized_start=601
+  _globals['_TASK']._serialized_end=967
+  _globals['_LOSSPOINT']._serialized_start=969
+  _globals['_LOSSPOINT']._serialized_end=1008
+  _globals['_REPORTPROGRESSREQUEST']._serialized_start=1011
+  _globals['_REPORTPROGRESSREQUEST']._serialized_end=1181
+  _globals['_REPORTPROGRESSRESPONSE']._serialized_start=1183
+  _globals['_REPORTPROGRESSRESPONSE']._serialized_end=1270
+  _globals['_SUBMITUPDATEREQUEST']._serialized_start=1272
+  _globals['_SUBMITUPDATEREQUEST']._serialized_end=1350
+  _globals['_SUBMITUPDATERESPONSE']._serialized_start=1353
+  _globals['_SUBMITUPDATERESPONSE']._serialized_end=1481
+  _globals['_RELEASETASKREQUEST']._serialized_start=1483
+  _globals['_RELEASETASKREQUEST']._serialized_end=1540
+  _globals['_RELEASETASKRESPONSE']._serialized_start=1542
+  _globals['_RELEASETASKRESPONSE']._serialized_end=1596
 # @@protoc_insertion_point(module_scope)

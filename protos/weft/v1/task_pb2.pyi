@@ -12,6 +12,7 @@ import google.protobuf.message
 import google.protobuf.timestamp_pb2
 import sys
 import typing
+import weft.v1.blob_pb2
 import weft.v1.identity_pb2
 
 if sys.version_info >= (3, 10):
@@ -20,6 +21,34 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Purpose:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PurposeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Purpose.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PURPOSE_UNSPECIFIED: _Purpose.ValueType  # 0
+    """Never sent; refused."""
+    PURPOSE_TRAIN: _Purpose.ValueType  # 1
+    """Train the modules that say so, and send updates."""
+    PURPOSE_EVALUATE: _Purpose.ValueType  # 2
+    """Evaluate the path on the held-out part of the worker's data for it."""
+    PURPOSE_ROUTE: _Purpose.ValueType  # 3
+    """Route the worker's own documents, and say how many each path gets."""
+
+class Purpose(_Purpose, metaclass=_PurposeEnumTypeWrapper):
+    """What a task is for."""
+
+PURPOSE_UNSPECIFIED: Purpose.ValueType  # 0
+"""Never sent; refused."""
+PURPOSE_TRAIN: Purpose.ValueType  # 1
+"""Train the modules that say so, and send updates."""
+PURPOSE_EVALUATE: Purpose.ValueType  # 2
+"""Evaluate the path on the held-out part of the worker's data for it."""
+PURPOSE_ROUTE: Purpose.ValueType  # 3
+"""Route the worker's own documents, and say how many each path gets."""
+global___Purpose = Purpose
 
 class _Stage:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -68,6 +97,7 @@ class PollTaskRequest(google.protobuf.message.Message):
     WAIT_S_FIELD_NUMBER: builtins.int
     UNABLE_FIELD_NUMBER: builtins.int
     TOKENS_PER_S_FIELD_NUMBER: builtins.int
+    LIMITS_FIELD_NUMBER: builtins.int
     wait_s: builtins.float
     """How long the call may be held, seconds, at most 30."""
     tokens_per_s: builtins.float
@@ -76,16 +106,47 @@ class PollTaskRequest(google.protobuf.message.Message):
     def unable(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Unable]:
         """Runs that this worker cannot serve now, each with its reason; it is not asked for them."""
 
+    @property
+    def limits(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Limit]:
+        """What fits into this worker's memory, for runs where that is less than the whole."""
+
     def __init__(
         self,
         *,
         wait_s: builtins.float = ...,
         unable: collections.abc.Iterable[global___Unable] | None = ...,
         tokens_per_s: builtins.float = ...,
+        limits: collections.abc.Iterable[global___Limit] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["tokens_per_s", b"tokens_per_s", "unable", b"unable", "wait_s", b"wait_s"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["limits", b"limits", "tokens_per_s", b"tokens_per_s", "unable", b"unable", "wait_s", b"wait_s"]) -> None: ...
 
 global___PollTaskRequest = PollTaskRequest
+
+@typing.final
+class Limit(google.protobuf.message.Message):
+    """What a worker can train of a run."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    RANK_MAX_FIELD_NUMBER: builtins.int
+    LEVELS_MAX_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run."""
+    rank_max: builtins.int
+    """Largest LoRA rank; 0 means any."""
+    levels_max: builtins.int
+    """Most modules of a path at once; 0 means all."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        rank_max: builtins.int = ...,
+        levels_max: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["levels_max", b"levels_max", "rank_max", b"rank_max", "run_id", b"run_id"]) -> None: ...
+
+global___Limit = Limit
 
 @typing.final
 class Unable(google.protobuf.message.Message):
@@ -202,6 +263,10 @@ class Task(google.protobuf.message.Message):
     RECIPE_BLAKE3_FIELD_NUMBER: builtins.int
     NUM_STEPS_FIELD_NUMBER: builtins.int
     UPDATE_BYTES_MAX_FIELD_NUMBER: builtins.int
+    PURPOSE_FIELD_NUMBER: builtins.int
+    ROUTER_FIELD_NUMBER: builtins.int
+    SHARD_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     """Names the task in every record."""
     run_id: builtins.str
@@ -220,9 +285,21 @@ class Task(google.protobuf.message.Message):
     """Optimiser steps to do."""
     update_bytes_max: builtins.int
     """Most bytes that an update of one module may have."""
+    purpose: global___Purpose.ValueType
+    """What is to be done."""
+    rank: builtins.int
+    """LoRA rank to train, a slice of the module's; 0 means the module's own."""
     @property
     def modules(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ModuleStart]:
-        """One per level of the path."""
+        """One per level of the path; none when the task is to route."""
+
+    @property
+    def router(self) -> weft.v1.blob_pb2.BlobRef:
+        """The router that documents are routed with; absent unless the worker routes its own."""
+
+    @property
+    def shard(self) -> weft.v1.blob_pb2.BlobRef:
+        """The path's documents, a .jsonl file; absent unless the coordinator gives the data."""
 
     def __init__(
         self,
@@ -237,8 +314,17 @@ class Task(google.protobuf.message.Message):
         recipe_blake3: builtins.bytes = ...,
         num_steps: builtins.int = ...,
         update_bytes_max: builtins.int = ...,
+        purpose: global___Purpose.ValueType = ...,
+        router: weft.v1.blob_pb2.BlobRef | None = ...,
+        shard: weft.v1.blob_pb2.BlobRef | None = ...,
+        rank: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lease_epoch", b"lease_epoch", "lease_s", b"lease_s", "lease_token", b"lease_token", "modules", b"modules", "num_steps", b"num_steps", "path", b"path", "recipe_blake3", b"recipe_blake3", "run_id", b"run_id", "task_id", b"task_id", "update_bytes_max", b"update_bytes_max"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_router", b"_router", "_shard", b"_shard", "router", b"router", "shard", b"shard"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_router", b"_router", "_shard", b"_shard", "lease_epoch", b"lease_epoch", "lease_s", b"lease_s", "lease_token", b"lease_token", "modules", b"modules", "num_steps", b"num_steps", "path", b"path", "purpose", b"purpose", "rank", b"rank", "recipe_blake3", b"recipe_blake3", "router", b"router", "run_id", b"run_id", "shard", b"shard", "task_id", b"task_id", "update_bytes_max", b"update_bytes_max"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_router", b"_router"]) -> typing.Literal["router"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_shard", b"_shard"]) -> typing.Literal["shard"] | None: ...
 
 global___Task = Task
 
