@@ -4,13 +4,14 @@
 
 The module is LoRA of rank 16 on all linear layers of a Llama-shaped base of about 1B parameters; its deltas are
 independent Gaussians, which is the worst case for a lossless stage, and its Fisher their squares. Speeds count the
-float32 bytes of the module, best of five. ``--write`` replaces benchmarks/results/codec.md.
+float32 bytes of the module, best of five. The bound is H(p) for the positions kept at density p, the entropy of the
+codes that are written (their histogram over the module), and scales as they are. ``--write`` replaces
+benchmarks/results/codec.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import tempfile
@@ -19,19 +20,28 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from weft.common.codec import (
+    CODECS,
     CodecKind,
     CodecSettings,
     UpdateFile,
+    ValueKind,
     encode_update,
     screen_update,
     update_bytes_max,
 )
+from weft.common.codec.blocks import Pieces, Row
+from weft.common.codec.composed import Composed
+from weft.common.codec.section import Coding
+from weft.common.codec.settings import CHOOSES_VALUES, KEEPS_A_SHARE
+from weft.common.codec.values import VALUES
 from weft.common.modules import Schema, TensorSpec
-from weft.common.tensors import Float32Array
+from weft.common.tensors import Float32Array, TensorFile
 
 RESULT = Path(__file__).parent / "results" / "codec.md"
 NUM_LAYERS, HIDDEN, KEY_VALUE, INTERMEDIATE, RANK = 22, 2048, 256, 5632, 16
@@ -45,24 +55,27 @@ LINEAR_LAYERS = {
     "self_attn.v_proj": (KEY_VALUE, HIDDEN),
 }
 CASES = [
-    (CodecSettings(kind=CodecKind.FP32), False),
-    (CodecSettings(kind=CodecKind.BF16), False),
-    *((CodecSettings(kind=CodecKind.TERNARY, density=density), False) for density in (0.01, 0.05, 0.1, 0.2)),
-    (CodecSettings(kind=CodecKind.TERNARY, density=0.05), True),
+    *(CodecSettings(kind=kind) for kind in (CodecKind.FP32, CodecKind.BF16, CodecKind.INT8, CodecKind.INT4)),
+    CodecSettings(kind=CodecKind.INT4, scale_elements=128, stochastic_rounding=True),
+    CodecSettings(kind=CodecKind.SIGN),
+    *(CodecSettings(kind=CodecKind.TERNARY, density=density) for density in (0.01, 0.05, 0.1, 0.2)),
+    *(CodecSettings(kind=CodecKind.TOPK, density=0.02, values=values) for values in ValueKind),
+    CodecSettings(kind=CodecKind.SHARED_MASK, density=0.05),
 ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Measured:
     """What was measured of one codec."""
 
-    codec: CodecSettings
-    fisher: bool
+    name: str
     bits_per_parameter: float
+    bound: float | None
     size_bytes: int
     encode_s: float
     screen_s: float
     decode_s: float
+    sparse_s: float | None
 
 
 def lora_schema() -> Schema:
@@ -85,55 +98,98 @@ def best_s(action: Callable[[], object], repeats: int = 5) -> float:
     return min(once() for _ in range(repeats))
 
 
-def entropy_bits(density: float) -> float:
-    """H(p) + p: positions of independent kept values, and their signs."""
-    return density - density * math.log2(density) - (1 - density) * math.log2(1 - density)
+def name_of(codec: CodecSettings) -> str:
+    parts = [codec.kind.value]
+    if codec.kind in KEEPS_A_SHARE:
+        parts.append(f"{codec.density:.0%}")
+    if codec.kind in CHOOSES_VALUES:
+        parts.append(codec.values.value)
+    if codec.stochastic_rounding:
+        parts.append("stochastic")
+    if codec.scale_elements:
+        parts.append(f"1/{codec.scale_elements}")
+    return " ".join(parts)
 
 
-def measure(
-    path: Path, schema: Schema, deltas: dict[str, Float32Array], codec: CodecSettings, *, fisher: bool
-) -> Row:
-    squares = {name: array * array for name, array in deltas.items()} if fisher else None
-    quota = update_bytes_max(schema, codec, fisher=fisher)
-    encode_s = best_s(lambda: encode_update(path, schema, deltas, codec, fisher=squares))
-    screen_s = best_s(lambda: screen_update(path, schema, codec, wants_fisher=fisher, size_bytes_max=quota))
-    encoded = encode_update(path, schema, deltas, codec, fisher=squares)
-    return Row(
-        codec=codec,
-        fisher=fisher,
+def entropy_bits(counts: npt.NDArray[Any]) -> float:
+    """Of a histogram, bits a symbol."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def bound_bits(path: Path, schema: Schema, codec: CodecSettings) -> float | None:
+    """Bits a parameter below which no lossless stage comes that knows no more than densities and histograms."""
+    row_codec = CODECS[codec.kind]
+    if codec.value_kind is None or not isinstance(row_codec, Composed):
+        return None
+    coder, counts = VALUES[codec.value_kind], np.zeros(1 << 16, np.int64)
+    row = Row(schema, row_codec.positions.block_size)
+    with TensorFile(path) as file:
+        positions = row_codec.positions.open("delta", file, row, Coding(settings=codec))
+        pieces = Pieces("values", file.array("delta#value_bytes"), file.array("delta#values"))
+        for block, size in enumerate(row.block_sizes().tolist()):
+            where = positions.positions(block)
+            codes = coder.unpack(pieces[block], size if where is None else where.size)
+            counts += np.bincount(codes, minlength=1 << 16)
+        scales = 16 * file.array("delta#scales").size if coder.scaled else 0
+    share = float(counts.sum()) / schema.num_parameters
+    written = "delta#gaps" in row_codec.expected("delta", schema, codec)
+    chosen = entropy_bits(np.array([share, 1 - share])) if written else 0
+    return chosen + share * entropy_bits(counts) + scales / schema.num_parameters
+
+
+def measure(path: Path, schema: Schema, deltas: dict[str, Float32Array], codec: CodecSettings) -> Measured:
+    encoded = encode_update(path, schema, deltas, codec)
+    quota = update_bytes_max(schema, [codec], fisher=False)
+    return Measured(
+        name=name_of(codec),
         bits_per_parameter=encoded.bits_per_parameter,
+        bound=bound_bits(path, schema, codec),
         size_bytes=encoded.size_bytes,
-        encode_s=encode_s,
-        screen_s=screen_s,
-        decode_s=best_s(lambda: decode(path, schema, fisher=fisher)),
+        encode_s=best_s(lambda: encode_update(path, schema, deltas, codec)),
+        screen_s=best_s(
+            lambda: screen_update(path, schema, [codec], wants_fisher=False, size_bytes_max=quota)
+        ),
+        decode_s=best_s(lambda: decode(path, schema)),
+        sparse_s=best_s(lambda: decode_sparse(path, schema)) if CODECS[codec.kind].sparse else None,
     )
 
 
-def decode(path: Path, schema: Schema, *, fisher: bool) -> None:
+def decode(path: Path, schema: Schema) -> None:
     """Read every tile once, into one buffer, as a merge would."""
     buffer = np.empty(max(spec.size for spec in schema.tensors), np.float32)
     with UpdateFile(path, schema) as update:
-        for name, start, stop, values in update.tiles():
+        for _, start, stop, values in update.tiles():
             buffer[: stop - start] = values
-            if fisher:
-                buffer[: stop - start] = update.fisher_tile(name, start, stop)
 
 
-def render(rows: list[Row], schema: Schema, copy_s: float) -> str:
+def decode_sparse(path: Path, schema: Schema) -> None:
+    with UpdateFile(path, schema) as update:
+        for spec in schema.tensors:
+            update.sparse_tile(spec.name, 0, spec.size)
+
+
+def measure_fisher(path: Path, schema: Schema, deltas: dict[str, Float32Array]) -> str:
+    """What a Fisher adds to an update in one byte a value, before zstd."""
+    squares = {name: array * array for name, array in deltas.items()}
+    codec = CodecSettings(kind=CodecKind.TERNARY)
+    alone = encode_update(path, schema, deltas, codec).size_bytes
+    added = encode_update(path, schema, deltas, codec, fisher=squares).size_bytes - alone
+    return f"A Fisher beside the delta adds {8 * added / schema.num_parameters:.2f} bits a parameter."
+
+
+def render(rows: list[Measured], schema: Schema, copy_s: float) -> str:
     dense_mb = 4 * schema.num_parameters / 1e6
     lines = [
-        "| codec | bits/parameter | entropy bound | above it | update | of bf16 | encode | screen | decode |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| codec | bits/parameter | bound | above it | update | of bf16 | encode | screen | decode | decode sparsely |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        name = row.codec.kind.value + (
-            f" {row.codec.density:.0%}" if row.codec.kind is CodecKind.TERNARY else ""
-        )
-        bound = entropy_bits(row.codec.density) if row.codec.kind is CodecKind.TERNARY else None
-        against = f"{bound:.4f} | {row.bits_per_parameter / bound - 1:+.1%}" if bound else "· | ·"
-        speeds = " | ".join(f"{dense_mb / s:,.0f} MB/s" for s in (row.encode_s, row.screen_s, row.decode_s))
+        against = f"{row.bound:.4f} | {row.bits_per_parameter / row.bound - 1:+.2%}" if row.bound else "· | ·"
+        seconds = (row.encode_s, row.screen_s, row.decode_s, row.sparse_s)
+        speeds = " | ".join(f"{dense_mb / s:,.0f} MB/s" if s else "·" for s in seconds)
         lines.append(
-            f"| {name}{' + Fisher' if row.fisher else ''} | {row.bits_per_parameter:.4f} | {against} "
+            f"| {row.name} | {row.bits_per_parameter:.4f} | {against} "
             f"| {row.size_bytes / 1e6:.3f} MB | {row.size_bytes / (2 * schema.num_parameters):.1%} | {speeds} |"
         )
     copy = f"Copying the same float32 bytes in memory, in the same run: {dense_mb / copy_s:,.0f} MB/s."
@@ -158,7 +214,9 @@ One core is used; load average of the machine at the end {os.getloadavg()[0]:.1f
 LoRA rank {RANK} on all linear layers of a Llama-shaped base with {NUM_LAYERS} layers of width {HIDDEN}:
 {len(schema.tensors)} tensors, {schema.num_parameters:,} parameters. Gaussian deltas, the worst case for a lossless
 stage; the Fisher is their squares. Speeds count the module's float32 bytes and include the file; best of five.
-bits/parameter is of the delta's section, exactly; the update is the whole file.
+bits/parameter is of the delta's section, exactly; the update is the whole file. The bound is H(p) for the positions
+kept at density p, plus the entropy of the codes that are written, plus scales as they are; `1/128` is one scale for
+128 elements.
 
 {table}
 """
@@ -176,10 +234,10 @@ def main() -> None:
     target = np.empty_like(row)
     copy_s = best_s(lambda: np.copyto(target, row))
     with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            measure(Path(folder) / "update", schema, deltas, codec, fisher=fisher) for codec, fisher in CASES
-        ]
-    table = render(rows, schema, copy_s)
+        path = Path(folder) / "update"
+        rows = [measure(path, schema, deltas, codec) for codec in CASES]
+        fisher = measure_fisher(path, schema, deltas)
+    table = f"{render(rows, schema, copy_s)} {fisher}"
     print(table)
     if write:
         RESULT.parent.mkdir(exist_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from weft.common.codec.feedback import ErrorFeedback
-from weft.common.codec.settings import CodecKind, CodecSettings
+from weft.common.codec.section import seed_of
+from weft.common.codec.settings import CodecKind, CodecSettings, ValueKind
 from weft.common.codec.update import (
     CODECS,
     MAGNITUDE_MAX,
@@ -24,7 +25,9 @@ __all__ = [
     "ErrorFeedback",
     "UpdateFile",
     "UpdateStatistics",
+    "ValueKind",
     "encode_update",
     "screen_update",
+    "seed_of",
     "update_bytes_max",
 ]

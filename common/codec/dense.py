@@ -1,4 +1,4 @@
-"""Every value, as float32 or as bfloat16 rounded to nearest even; one tensor ``SECTION/NAME`` each."""
+"""Every value as it is, in float32: one tensor ``SECTION/NAME`` each, read straight from the file."""
 
 from __future__ import annotations
 
@@ -7,39 +7,35 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weft.common.codec.section import Expected, SectionReader, check_values
-from weft.common.codec.settings import CodecKind, CodecSettings
+from weft.common.codec.section import Coding, DeltaReader, Expected, Indices, check_values, non_zero
+from weft.common.codec.settings import CodecSettings
 from weft.common.modules import Schema
-from weft.common.tensors import DTYPES, Bf16, Float32Array, TensorData, TensorFile, float32_to_bf16, slices
+from weft.common.tensors import Float32Array, TensorData, TensorFile, slices
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Values of one dtype."""
+    """Thirty-two bits a value."""
 
-    name: CodecKind
-    dtype: str
     sparse: bool = False
 
-    def expected(self, section: str, schema: Schema) -> dict[str, Expected]:
+    def expected(self, section: str, schema: Schema, settings: CodecSettings) -> dict[str, Expected]:
         """One tensor each."""
-        return {f"{section}/{spec.name}": Expected(self.dtype, spec.shape) for spec in schema.tensors}
+        del settings
+        return {f"{section}/{spec.name}": Expected("F32", spec.shape) for spec in schema.tensors}
 
     def encode(
-        self, section: str, schema: Schema, arrays: Mapping[str, Float32Array], settings: CodecSettings
+        self, section: str, schema: Schema, arrays: Mapping[str, Float32Array], coding: Coding
     ) -> dict[str, TensorData]:
-        """Round where the dtype asks for it."""
-        del schema, settings
-        return {
-            f"{section}/{name}": array if self.dtype == "F32" else Bf16(float32_to_bf16(array))
-            for name, array in arrays.items()
-        }
+        """The arrays themselves."""
+        del schema, coding
+        return {f"{section}/{name}": array for name, array in arrays.items()}
 
     def screen(
-        self, section: str, file: TensorFile, schema: Schema, *, settings: CodecSettings, magnitude_max: float
+        self, section: str, file: TensorFile, schema: Schema, *, coding: Coding, magnitude_max: float
     ) -> float:
         """Look at each value once, a slice at a time."""
-        del settings
+        del coding
         sum_of_squares = 0.0
         for spec in schema.tensors:
             for start, stop in slices(spec.size):
@@ -48,15 +44,15 @@ class Dense:
                 sum_of_squares += float(np.square(values, dtype=np.float64).sum())
         return sum_of_squares
 
-    def open(self, section: str, file: TensorFile, schema: Schema) -> SectionReader:
+    def open(self, section: str, file: TensorFile, schema: Schema, coding: Coding) -> DeltaReader:
         """Tiles straight from the mapped file."""
-        del schema
+        del schema, coding
         return _DenseReader(section, file)
 
     def data_bytes_max(self, schema: Schema, settings: CodecSettings) -> int:
         """Exactly what it takes."""
         del settings
-        return schema.num_parameters * DTYPES[self.dtype].itemsize
+        return 4 * schema.num_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +62,6 @@ class _DenseReader:
 
     def tile(self, name: str, start: int, stop: int) -> Float32Array:
         return self.file.tile(f"{self.section}/{name}", start, stop)
+
+    def sparse_tile(self, name: str, start: int, stop: int) -> tuple[Indices, Float32Array]:
+        return non_zero(self.tile(name, start, stop))

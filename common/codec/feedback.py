@@ -1,9 +1,10 @@
 """Error feedback: what a codec leaves out of one update is added to the next.
 
 With residual e, delta d and codec C, the worker sends C(e + d) and keeps e ← e + d − C(e + d), so that
-everything is sent in the end (Seide et al. 2014; Karimireddy et al., arXiv 1901.09847). The residual belongs
-to one worker and one module: as many bytes as the module in float32, kept with the worker's own state, never
-sent.
+everything is sent in the end (Seide et al. 2014; Karimireddy et al., arXiv 1901.09847). With a decay β below 1
+it sends C(βe + d): what is not sent is a momentum (DeMo, arXiv 2411.19870; SparseLoCo, arXiv 2508.15706), and
+what was never sent fades. The residual belongs to one worker and one module: as many bytes as the module in
+float32, kept with the worker's own state, never sent.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from weft.common.tensors import Float32Array, check_arrays, open_module, write_m
 
 
 class ErrorFeedback:
-    """The residual of one module on one worker, zero at the start."""
+    """The residual of one module on one worker, zero at the start; ``decay`` is ``codec.residual_decay``."""
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, *, decay: float = 1.0) -> None:
         self._schema = _in_float32(schema)
+        self._decay = np.float32(decay)
         self._residual = {spec.name: np.zeros(spec.shape, np.float32) for spec in schema.tensors}
 
     @property
@@ -35,9 +37,9 @@ class ErrorFeedback:
         )
 
     def apply(self, deltas: Mapping[str, Float32Array]) -> dict[str, Float32Array]:
-        """New arrays: each delta plus its residual; the residual itself is not changed."""
+        """New arrays: each delta plus its decayed residual; the residual itself is not changed."""
         check_arrays(deltas, self._schema)
-        return {name: delta + self._residual[name] for name, delta in deltas.items()}
+        return {name: delta + self._decay * self._residual[name] for name, delta in deltas.items()}
 
     def keep(self, corrected: Mapping[str, Float32Array], sent: Path) -> None:
         """Keep what the update at ``sent`` left out of ``corrected``, the arrays that it was encoded from.
@@ -60,9 +62,9 @@ class ErrorFeedback:
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path, schema: Schema) -> ErrorFeedback:
+    def load(cls, path: Path, schema: Schema, *, decay: float = 1.0) -> ErrorFeedback:
         """Read a residual that was saved; raises TensorFileError when it is not one of this module."""
-        feedback = cls(schema)
+        feedback = cls(schema, decay=decay)
         with open_module(path, feedback._schema) as file:
             feedback._residual = {spec.name: file.array(spec.name).copy() for spec in schema.tensors}
         return feedback

@@ -21,8 +21,8 @@ from typing import Final
 import numpy as np
 
 from weft.common.codec import lossless
-from weft.common.codec.blocks import BLOCK_SIZE, Pieces, Row, pack
-from weft.common.codec.section import Expected, SectionReader
+from weft.common.codec.blocks import DENSE_BLOCK, Pieces, Row, pack
+from weft.common.codec.section import Coding, Expected, SectionReader
 from weft.common.codec.settings import CodecSettings
 from weft.common.errors import CodecError, UpdateRejected
 from weft.common.modules import Schema
@@ -39,23 +39,21 @@ _STEP_BITS: Final = 20
 class LogScale:
     """Eight bits a value before the lossless stage."""
 
-    name: str = "log8"
-    sparse: bool = False
-
-    def expected(self, section: str, schema: Schema) -> dict[str, Expected]:
+    def expected(self, section: str, schema: Schema, settings: CodecSettings) -> dict[str, Expected]:
         """Three tensors, whatever the number of tensors in the schema."""
+        del settings
         return {
             f"{section}#scales": Expected("F32", (len(schema.tensors),)),
-            f"{section}#frame_bytes": Expected("I32", (Row(schema).num_blocks,)),
+            f"{section}#frame_bytes": Expected("I32", (Row(schema, DENSE_BLOCK).num_blocks,)),
             f"{section}#codes": Expected("U8", None),
         }
 
     def encode(
-        self, section: str, schema: Schema, arrays: Mapping[str, Float32Array], settings: CodecSettings
+        self, section: str, schema: Schema, arrays: Mapping[str, Float32Array], coding: Coding
     ) -> dict[str, TensorData]:
         """Code tensor by tensor; raises CodecError for a negative value or one above ``SCALE_MAX``."""
-        del settings
-        row = Row(schema)
+        del coding
+        row = Row(schema, DENSE_BLOCK)
         codes, scales = np.empty(row.size, np.uint8), np.zeros(len(row.names), np.float32)
         for index, name in enumerate(row.names):
             values = np.ascontiguousarray(arrays[name]).reshape(-1)
@@ -70,11 +68,11 @@ class LogScale:
         }
 
     def screen(
-        self, section: str, file: TensorFile, schema: Schema, *, settings: CodecSettings, magnitude_max: float
+        self, section: str, file: TensorFile, schema: Schema, *, coding: Coding, magnitude_max: float
     ) -> float:
         """Decompress every block and look at the scales, which alone say how large a value can be."""
-        del settings, magnitude_max
-        row = Row(schema)
+        del magnitude_max
+        row = Row(schema, DENSE_BLOCK)
         frames = _Frames(section, file, row)
         for block in range(row.num_blocks):
             frames.decode(block)
@@ -82,21 +80,22 @@ class LogScale:
         for name, scale in zip(row.names, scales, strict=True):
             if not _is_scale(scale):
                 raise UpdateRejected(f"{section} of {name} has the scale {scale:g}, which no encoder writes")
-        reader = self.open(section, file, schema)
+        reader = self.open(section, file, schema, coding)
         return sum(
             float(np.square(reader.tile(spec.name, start, stop), dtype=np.float64).sum())
             for spec in schema.tensors
             for start, stop in slices(spec.size)
         )
 
-    def open(self, section: str, file: TensorFile, schema: Schema) -> SectionReader:
+    def open(self, section: str, file: TensorFile, schema: Schema, coding: Coding) -> SectionReader:
         """Tiles by table from the few blocks that they lie in."""
+        del coding
         return _LogScaleReader(section, file, schema)
 
     def data_bytes_max(self, schema: Schema, settings: CodecSettings) -> int:
         """As if no code could be compressed."""
         del settings
-        row = Row(schema)
+        row = Row(schema, DENSE_BLOCK)
         per_block = 4 + lossless.compressed_bytes_max(0)
         return 4 * len(row.names) + lossless.compressed_bytes_max(row.size) + per_block * row.num_blocks
 
@@ -122,7 +121,7 @@ class _LogScaleReader:
     """Decodes a block when a tile needs it and remembers the last few: one byte an element."""
 
     def __init__(self, section: str, file: TensorFile, schema: Schema) -> None:
-        self._row = Row(schema)
+        self._row = Row(schema, DENSE_BLOCK)
         self._scales: Float32Array = file.array(f"{section}#scales")
         self._decoded = functools.lru_cache(maxsize=2)(_Frames(section, file, self._row).decode)
 
@@ -131,7 +130,7 @@ class _LogScaleReader:
         values = _values_by_code(self._scales[self._row.index(name)])
         codes = [np.empty(0, np.uint8)]
         for block in self._row.blocks(first, last):
-            offset = block * BLOCK_SIZE
+            offset = block * DENSE_BLOCK
             codes.append(self._decoded(block)[max(first - offset, 0) : last - offset])
         tile: Float32Array = values[np.concatenate(codes)]
         return tile

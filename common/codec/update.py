@@ -8,17 +8,26 @@ format, the codec and the exact size. docs/update-format.md describes the bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+from weft.common.codec.composed import Composed
 from weft.common.codec.dense import Dense
 from weft.common.codec.fisher import LogScale
-from weft.common.codec.section import Expected, SectionCodec, SectionReader
-from weft.common.codec.settings import CodecKind, CodecSettings
-from weft.common.codec.ternary import Ternary
+from weft.common.codec.positions import All, Largest, SharedMask
+from weft.common.codec.section import (
+    Coding,
+    DeltaCodec,
+    DeltaReader,
+    Expected,
+    Indices,
+    SectionCodec,
+    SectionReader,
+)
+from weft.common.codec.settings import CHOOSES_VALUES, KEEPS_A_SHARE, CodecKind, CodecSettings, ValueKind
 from weft.common.errors import CodecError, UpdateRejected, UsageError
 from weft.common.modules import Schema
 from weft.common.tensors import (
@@ -42,12 +51,20 @@ FISHER: Final = "fisher"
 MAGNITUDE_MAX: Final = 1e4
 """Largest absolute value of a delta that the gate lets through."""
 
-CODECS: Final[Mapping[CodecKind, SectionCodec]] = {
-    codec.name: codec for codec in (Dense(CodecKind.FP32, "F32"), Dense(CodecKind.BF16, "BF16"), Ternary())
+CODECS: Final[Mapping[CodecKind, DeltaCodec]] = {
+    CodecKind.FP32: Dense(),
+    CodecKind.BF16: Composed(All()),
+    CodecKind.INT8: Composed(All()),
+    CodecKind.INT4: Composed(All()),
+    CodecKind.SIGN: Composed(All()),
+    CodecKind.TOPK: Composed(Largest()),
+    CodecKind.TERNARY: Composed(Largest()),
+    CodecKind.SHARED_MASK: Composed(SharedMask()),
 }
 """How the delta is written, by the run's setting."""
 FISHER_CODEC: Final[SectionCodec] = LogScale()
 """How the Fisher is written."""
+_FISHER_NAME: Final = "log8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +100,8 @@ def encode_update(
     codec: CodecSettings,
     *,
     fisher: Mapping[str, Float32Array] | None = None,
+    round_seed: int = 0,
+    worker_seed: int = 0,
 ) -> EncodedUpdate:
     """Write the update file of one module.
 
@@ -92,23 +111,28 @@ def encode_update(
         deltas: Trained minus start, float32 in each tensor's shape.
         codec: The run's setting.
         fisher: Diagonal Fisher, float32 in each tensor's shape, non-negative.
+        round_seed: Which positions shared-mask keeps; the same for all updates of a round, below 2⁶⁴.
+        worker_seed: How stochastic rounding falls; another for each update, below 2⁶⁴.
 
     Raises:
         CodecError: A value is not finite, or a Fisher value negative or absurd.
         DiskFull: No space left.
         ValueError: Names, dtypes or shapes are not the schema's.
     """
-    sections = {DELTA: (CODECS[codec.kind], deltas)} | (
-        {FISHER: (FISHER_CODEC, fisher)} if fisher is not None else {}
-    )
+    coding = Coding(settings=codec, round_seed=round_seed, worker_seed=worker_seed)
+    sections: dict[str, tuple[SectionCodec, Mapping[str, Float32Array]]] = {
+        DELTA: (CODECS[codec.kind], deltas)
+    }
+    if fisher is not None:
+        sections[FISHER] = (FISHER_CODEC, fisher)
     tensors: dict[str, Any] = {}
     for section, (section_codec, arrays) in sections.items():
         _check_finite(section, schema, arrays)
-        tensors |= section_codec.encode(section, schema, arrays, codec)
+        tensors |= section_codec.encode(section, schema, arrays, coding)
     sizes = dict.fromkeys(sections, 0)
     for name, tensor in tensors.items():
         sizes[_section_of(name)] += getattr(tensor, "bits", tensor).nbytes
-    size_bytes = write_tensors(to, tensors, {STATEMENT: canonical_json(_statement(schema, codec, sizes))})
+    size_bytes = write_tensors(to, tensors, {STATEMENT: canonical_json(_statement(schema, coding, sizes))})
     return EncodedUpdate(
         path=to, size_bytes=size_bytes, bits_per_parameter=_bits_per_parameter(sizes[DELTA], schema)
     )
@@ -117,32 +141,35 @@ def encode_update(
 def screen_update(
     path: Path,
     schema: Schema,
-    codec: CodecSettings,
+    codecs: Sequence[CodecSettings],
     *,
     wants_fisher: bool,
     size_bytes_max: int,
     magnitude_max: float = MAGNITUDE_MAX,
+    round_seed: int | None = None,
 ) -> UpdateStatistics:
     """Check everything about an update file that a worker sent: the one gate, cheapest checks first.
 
-    Memory stays within a few slices of 8 MiB whatever the file claims.
+    Memory stays within a few slices of 8 MiB whatever the file claims. The update may be written with any one of
+    ``codecs``; a shared mask must come from ``round_seed`` where that is given.
 
     Raises:
         TensorFileError: Not a canonical tensor file.
-        CodecError: Not an update file of this codec, or its data decode to nothing.
+        CodecError: Not an update file of one of these codecs, or its data decode to nothing.
         UpdateRejected: Too large; not the schema's tensors; a value not finite, too large or negative.
     """
     size_bytes = path.stat().st_size if path.is_file() else 0
     if size_bytes > size_bytes_max:
         raise UpdateRejected(f"the update has {size_bytes} bytes and at most {size_bytes_max} are taken")
     with TensorFile(path) as file:
-        sections = {DELTA: CODECS[codec.kind]} | ({FISHER: FISHER_CODEC} if wants_fisher else {})
-        _check_tensors(file.header, schema, sections)
+        coding = _match_codec(file.header, codecs, round_seed)
+        sections = _sections(coding.settings, fisher=wants_fisher)
+        _check_tensors(file.header, schema, sections, coding.settings)
         sizes = _section_sizes(file.header, sections)
-        _check_statement(file.header, _statement(schema, codec, sizes))
+        _check_statement(file.header, _statement(schema, coding, sizes))
         sums = {
-            section: section_codec.screen(section, file, schema, settings=codec, magnitude_max=magnitude_max)
-            for section, section_codec in sections.items()
+            section: codec.screen(section, file, schema, coding=coding, magnitude_max=magnitude_max)
+            for section, codec in sections.items()
         }
     return UpdateStatistics(
         size_bytes=size_bytes,
@@ -152,20 +179,28 @@ def screen_update(
     )
 
 
-def update_bytes_max(schema: Schema, codec: CodecSettings, *, fisher: bool) -> int:
-    """More bytes than an update ever has, to be used as its quota."""
-    sections = {DELTA: CODECS[codec.kind]} | ({FISHER: FISHER_CODEC} if fisher else {})
-    names = [name for section, row in sections.items() for name in row.expected(section, schema)]
+def update_bytes_max(schema: Schema, codecs: Sequence[CodecSettings], *, fisher: bool) -> int:
+    """More bytes than an update in any of ``codecs`` ever has, to be used as its quota."""
+    return max(_bytes_max(schema, codec, fisher=fisher) for codec in codecs)
+
+
+def _bytes_max(schema: Schema, codec: CodecSettings, *, fisher: bool) -> int:
+    sections = _sections(codec, fisher=fisher)
+    names = [name for section, row in sections.items() for name in row.expected(section, schema, codec)]
     header = 8 + STRICT.metadata_bytes_max + sum(len(name) + 256 for name in names)
     return header + sum(row.data_bytes_max(schema, codec) for row in sections.values())
+
+
+def _sections(codec: CodecSettings, *, fisher: bool) -> dict[str, SectionCodec]:
+    return {DELTA: CODECS[codec.kind]} | ({FISHER: FISHER_CODEC} if fisher else {})
 
 
 class UpdateFile:
     """An update that was screened, read tile by tile.
 
-    A tile of a dense delta comes from the mapped file. Of a ternary delta, and of the Fisher, the blocks
-    of 2²⁰ elements that the tile lies in are decoded and the last few remembered: 1 MiB of positions and
-    signs at density 0.05 (20 MiB at density 1), and 2 MiB of Fisher codes. Several threads may read tiles.
+    A tile of float32 comes from the mapped file. Of every other delta, and of the Fisher, the blocks that the tile
+    lies in are decoded and the last few remembered: 2 MiB where all values are written, 2.4 MiB at density 0.05 (twelve
+    bytes a kept value). Several threads may read tiles.
 
     Raises:
         TensorFileError, CodecError: The file is not an update; cannot happen to one that was screened.
@@ -173,15 +208,19 @@ class UpdateFile:
 
     def __init__(self, path: Path, schema: Schema) -> None:
         self._file = TensorFile(path)
-        self.codec, sections = _read_statement(self._file.header)
+        coding, sections = _read_statement(self._file.header)
+        self.codec: CodecSettings = coding.settings
+        """As far as a reader has to know it."""
         row = CODECS[self.codec.kind]
         self.sparse: bool = row.sparse
         """Whether the codec has already trimmed the delta."""
         self.has_fisher: bool = FISHER in sections
         """Whether the worker sent a Fisher."""
-        rows = {DELTA: row} | ({FISHER: FISHER_CODEC} if self.has_fisher else {})
-        _check_tensors(self._file.header, schema, rows)
-        self._readers = {name: codec.open(name, self._file, schema) for name, codec in rows.items()}
+        _check_tensors(self._file.header, schema, _sections(self.codec, fisher=self.has_fisher), self.codec)
+        self._delta: DeltaReader | None = row.open(DELTA, self._file, schema, coding)
+        self._fisher: SectionReader | None = (
+            FISHER_CODEC.open(FISHER, self._file, schema, coding) if self.has_fisher else None
+        )
         self._schema = schema
 
     def __enter__(self) -> UpdateFile:
@@ -194,16 +233,20 @@ class UpdateFile:
 
     def close(self) -> None:
         """Let go of the file; tiles already read stay valid."""
-        self._readers = {}
+        self._delta = self._fisher = None
         self._file.close()
 
     def tile(self, name: str, start: int, stop: int) -> Float32Array:
         """Elements ``start`` to ``stop`` of the delta, C order, as float32; not to be written to."""
-        return self._reader(DELTA).tile(name, start, stop)
+        return _opened(self._delta).tile(name, start, stop)
+
+    def sparse_tile(self, name: str, start: int, stop: int) -> tuple[Indices, Float32Array]:
+        """The non-zero elements of that tile: ascending indices from ``start`` on, int64 [k], and values [k]."""
+        return _opened(self._delta).sparse_tile(name, start, stop)
 
     def fisher_tile(self, name: str, start: int, stop: int) -> Float32Array:
         """The same of the Fisher; raises ValueError without one."""
-        return self._reader(FISHER).tile(name, start, stop)
+        return _opened(self._fisher).tile(name, start, stop)
 
     def tiles(self) -> Iterator[tuple[str, int, int, Float32Array]]:
         """The whole delta, in pieces: name, start, stop, values."""
@@ -211,31 +254,71 @@ class UpdateFile:
             for start, stop in slices(spec.size):
                 yield spec.name, start, stop, self.tile(spec.name, start, stop)
 
-    def _reader(self, section: str) -> SectionReader:
-        if section not in self._readers:
-            raise ValueError(f"the update is closed or has no {section}")
-        return self._readers[section]
+
+ReaderT = TypeVar("ReaderT", bound=SectionReader)
+
+
+def _opened(reader: ReaderT | None) -> ReaderT:
+    if reader is None:
+        raise ValueError("the update is closed or has no such section")
+    return reader
 
 
 # -- the statement ---------------------------------------------------------------------------------------
 
 
-def _statement(schema: Schema, codec: CodecSettings, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _statement(schema: Schema, coding: Coding, sizes: Mapping[str, int]) -> dict[str, Any]:
     """What the file says of itself; follows from the task and the file's own header."""
-    density = {"density": codec.density} if codec.kind is CodecKind.TERNARY else {}
     return {
-        "codec": density | {"kind": codec.kind.value},
+        "codec": _codec_statement(coding),
         "format": FORMAT,
         "num_parameters": schema.num_parameters,
         "sections": {
             section: {
                 "bits_per_parameter": _bits_per_parameter(size, schema),
                 "bytes": size,
-                "codec": FISHER_CODEC.name if section == FISHER else codec.kind.value,
+                "codec": _FISHER_NAME if section == FISHER else coding.settings.kind.value,
             }
             for section, size in sorted(sizes.items())
         },
     }
+
+
+def _codec_statement(coding: Coding) -> dict[str, Any]:
+    """What a reader has to know of a codec."""
+    settings = coding.settings
+    stated: dict[str, Any] = {"kind": settings.kind.value}
+    if settings.kind in KEEPS_A_SHARE:
+        stated["density"] = settings.density
+    if settings.kind in CHOOSES_VALUES:
+        stated["values"] = settings.values.value
+    if settings.value_kind not in {None, ValueKind.BF16}:
+        stated["scale_elements"] = settings.elements_per_scale
+    if settings.kind is CodecKind.SHARED_MASK:
+        stated["round_seed"] = str(coding.round_seed)
+    return dict(sorted(stated.items()))
+
+
+def _match_codec(header: Header, codecs: Sequence[CodecSettings], round_seed: int | None) -> Coding:
+    """The one of ``codecs`` that the file says it is written with, and its seed."""
+    stated = _parse_statement(header).get("codec")
+    seed = _stated_seed(stated) if round_seed is None else round_seed
+    allowed = [Coding(settings=codec, round_seed=seed) for codec in codecs]
+    for coding in allowed:
+        if _codec_statement(coding) == stated:
+            return coding
+    raise CodecError(
+        "the update's statement is not the task's: codec",
+        hint=f"expected one of {canonical_json([_codec_statement(coding) for coding in allowed])}",
+    )
+
+
+def _stated_seed(stated: Any) -> int:
+    """The seed that a statement names in decimal; 0 where it names none that can be one."""
+    text = stated.get("round_seed") if isinstance(stated, dict) else None
+    if not isinstance(text, str) or not text.isdecimal() or len(text) > 20:
+        return 0
+    return int(text) % (1 << 64)
 
 
 def _check_statement(header: Header, expected: Mapping[str, Any]) -> None:
@@ -248,13 +331,18 @@ def _check_statement(header: Header, expected: Mapping[str, Any]) -> None:
     )
 
 
-def _read_statement(header: Header) -> tuple[CodecSettings, tuple[str, ...]]:
+def _read_statement(header: Header) -> tuple[Coding, tuple[str, ...]]:
     """Codec and sections of an update that was screened."""
     stated = _parse_statement(header)
     try:
         codec = stated["codec"]
-        settings = CodecSettings(kind=CodecKind(codec["kind"]), density=float(codec.get("density", 1)))
-        return settings, tuple(stated["sections"])
+        settings = CodecSettings(
+            kind=CodecKind(codec["kind"]),
+            density=float(codec.get("density", 1)),
+            values=ValueKind(codec.get("values", ValueKind.BF16)),
+            scale_elements=int(codec.get("scale_elements", 0)),
+        )
+        return Coding(settings=settings, round_seed=_stated_seed(codec)), tuple(stated["sections"])
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, UsageError) as error:
         raise CodecError("the update's statement names no codec") from error
 
@@ -287,10 +375,12 @@ def _section_sizes(header: Header, sections: Mapping[str, SectionCodec]) -> dict
     return sizes
 
 
-def _check_tensors(header: Header, schema: Schema, sections: Mapping[str, SectionCodec]) -> None:
+def _check_tensors(
+    header: Header, schema: Schema, sections: Mapping[str, SectionCodec], settings: CodecSettings
+) -> None:
     expected: dict[str, Expected] = {}
     for section, codec in sections.items():
-        expected |= codec.expected(section, schema)
+        expected |= codec.expected(section, schema, settings)
     for name, tensor in expected.items():
         if name not in header.entries:
             raise UpdateRejected(f"the update lacks {name}")

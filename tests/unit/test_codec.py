@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import struct
 import threading
 import tracemalloc
 from collections.abc import Callable, Mapping
@@ -28,23 +27,41 @@ from weft.common.codec import (
     ErrorFeedback,
     UpdateFile,
     UpdateStatistics,
+    ValueKind,
     encode_update,
     lossless,
     screen_update,
+    seed_of,
     update_bytes_max,
 )
-from weft.common.codec.blocks import BLOCK_SIZE
+from weft.common.codec.blocks import DENSE_BLOCK, SPARSE_BLOCK
 from weft.common.codec.fisher import SCALE_MAX, SCALE_MIN
-from weft.common.codec.ternary import largest, num_kept
+from weft.common.codec.positions import largest, num_kept
+from weft.common.codec.settings import KEEPS_A_SHARE
 from weft.common.codec.update import STATEMENT
+from weft.common.codec.values import VALUES
 from weft.common.errors import CodecError, TensorFileError, UpdateRejected, UsageError, WeftError
 from weft.common.modules import Schema, TensorSpec
-from weft.common.tensors import Bf16, Float32Array, TensorFile, float32_to_bf16, to_float32, write_tensors
+from weft.common.tensors import Bf16, Float32Array, TensorFile, write_tensors
 
 FP32 = CodecSettings(kind=CodecKind.FP32)
 BF16 = CodecSettings(kind=CodecKind.BF16)
+INT8 = CodecSettings(kind=CodecKind.INT8)
+INT4 = CodecSettings(kind=CodecKind.INT4, scale_elements=64)
+SIGN = CodecSettings(kind=CodecKind.SIGN)
+TOPK = CodecSettings(kind=CodecKind.TOPK, density=0.1, values=ValueKind.INT4)
 TERNARY = CodecSettings(kind=CodecKind.TERNARY, density=0.1)
-ALL = [FP32, BF16, TERNARY]
+MASK = CodecSettings(kind=CodecKind.SHARED_MASK, density=0.1)
+ONE_OF_EACH = [FP32, BF16, INT8, INT4, SIGN, TOPK, TERNARY, MASK]
+ALL = [
+    *ONE_OF_EACH,
+    CodecSettings(kind=CodecKind.INT4, stochastic_rounding=True),
+    CodecSettings(kind=CodecKind.BF16, stochastic_rounding=True),
+    CodecSettings(kind=CodecKind.TOPK, density=0.02, values=ValueKind.BF16),
+    CodecSettings(kind=CodecKind.TERNARY, density=0.3, scale_elements=100),
+    CodecSettings(kind=CodecKind.SHARED_MASK, density=1.0, values=ValueKind.SIGN),
+]
+IDS = [f"{codec.kind}-{index}" for index, codec in enumerate(ALL)]
 Arrays = dict[str, Float32Array]
 
 
@@ -70,20 +87,8 @@ def decoded(path: Path, schema: Schema, *, fisher: bool = False) -> Arrays:
 
 
 def screen(path: Path, schema: Schema, codec: CodecSettings, *, fisher: bool = False) -> UpdateStatistics:
-    quota = update_bytes_max(schema, codec, fisher=fisher)
-    return screen_update(path, schema, codec, wants_fisher=fisher, size_bytes_max=quota)
-
-
-def ternary_reference(values: Float32Array, density: float) -> Float32Array:
-    """Plain top-k with the first of equals, and the least-squares scale, one value at a time."""
-    flat = values.reshape(-1).astype(np.float64)
-    order = sorted(range(flat.size), key=lambda index: (-abs(flat[index]), index))
-    kept = [index for index in order[: num_kept(flat.size, density)] if flat[index] != 0]
-    result = np.zeros(flat.size, np.float32)
-    if kept:
-        scale = np.float32(np.mean(np.abs(flat[kept])))
-        result[kept] = np.sign(flat[kept]).astype(np.float32) * scale
-    return result.reshape(values.shape)
+    quota = update_bytes_max(schema, [codec], fisher=fisher)
+    return screen_update(path, schema, [codec], wants_fisher=fisher, size_bytes_max=quota)
 
 
 # -- round trips
@@ -99,26 +104,20 @@ def modules(draw: st.DrawFn) -> tuple[Schema, Arrays]:
     return schema, {s.name: draw(hnp.arrays(np.float32, s.shape, elements=fill)) for s in schema.tensors}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(module=modules(), codec=st.sampled_from(ALL))
-def test_an_update_decodes_to_what_its_codec_promises(
-    tmp_path: Path, module: tuple[Schema, Arrays], codec: CodecSettings
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(module=modules(), codec=st.sampled_from(ALL), seed=st.integers(0, 2**64 - 1))
+def test_an_update_passes_the_gate_and_is_what_it_says(
+    tmp_path: Path, module: tuple[Schema, Arrays], codec: CodecSettings, seed: int
 ) -> None:
     schema, deltas = module
-    wanted: Mapping[CodecKind, Callable[[Float32Array], Float32Array]] = {
-        CodecKind.FP32: lambda array: array,
-        CodecKind.BF16: lambda array: to_float32(float32_to_bf16(array), "BF16"),
-        CodecKind.TERNARY: lambda array: ternary_reference(array, codec.density),
-    }
-    encoded = encode_update(tmp_path / "u", schema, deltas, codec)
+    encoded = encode_update(tmp_path / "u", schema, deltas, codec, round_seed=seed, worker_seed=seed)
     statistics = screen(tmp_path / "u", schema, codec)
     result = decoded(tmp_path / "u", schema)
-    for name, array in deltas.items():
-        np.testing.assert_array_equal(result[name], wanted[codec.kind](array))
     norm = math.sqrt(sum(float(np.square(array.astype(np.float64)).sum()) for array in result.values()))
     assert statistics.norm == pytest.approx(norm, rel=1e-9)
     assert statistics.size_bytes == encoded.size_bytes == (tmp_path / "u").stat().st_size
     assert statistics.bits_per_parameter == encoded.bits_per_parameter
+    assert encoded.size_bytes <= update_bytes_max(schema, [codec], fisher=False)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -139,36 +138,59 @@ def test_a_fisher_is_kept_within_a_sixteenth(
         assert (array[fisher[name] == 0] == 0).all()
 
 
-@pytest.mark.parametrize("codec", ALL, ids=lambda codec: codec.kind.value)
-@pytest.mark.parametrize("fisher", [False, True])
-def test_tiles_cut_anywhere_are_the_whole(tmp_path: Path, codec: CodecSettings, fisher: bool) -> None:
-    schema = schema_of((BLOCK_SIZE - 3,), (), (0,), (2, 700_000), (5,))
+@pytest.mark.parametrize("codec", [*ALL, None], ids=[*IDS, "fisher"])
+def test_tiles_cut_anywhere_are_the_whole(tmp_path: Path, codec: CodecSettings | None) -> None:
+    schema = schema_of((SPARSE_BLOCK - 3,), (), (0,), (2, 350_000), (5,))
     deltas = gaussian(schema)
-    statistics = {name: np.square(array) for name, array in deltas.items()} if fisher else None
-    encode_update(tmp_path / "u", schema, deltas, codec, fisher=statistics)
-    screen(tmp_path / "u", schema, codec, fisher=fisher)
+    squares = {name: np.square(array) for name, array in deltas.items()} if codec is None else None
+    encode_update(tmp_path / "u", schema, deltas, codec or FP32, fisher=squares)
     with UpdateFile(tmp_path / "u", schema) as update:
-        assert update.sparse is (codec.kind is CodecKind.TERNARY)
-        assert update.has_fisher is fisher
+        assert update.has_fisher is (codec is None)
+        tile = update.fisher_tile if codec is None else update.tile
         for spec in schema.tensors:
-            tile = update.fisher_tile if fisher else update.tile
-            cuts = sorted({0, 1, 3, 524_288, 699_999, BLOCK_SIZE - 5, spec.size} & set(range(spec.size + 1)))
-            pieces = [tile(spec.name, low, high) for low, high in itertools.pairwise(cuts)]
+            cuts = {0, 1, 3, DENSE_BLOCK, 524_288, 699_999, SPARSE_BLOCK - 5, spec.size}
+            pieces = [
+                tile(spec.name, low, high)
+                for low, high in itertools.pairwise(sorted(cuts & set(range(spec.size + 1))))
+            ]
             np.testing.assert_array_equal(np.concatenate([*pieces, []]), tile(spec.name, 0, spec.size))
             assert tile(spec.name, 0, 0).shape == (0,)
 
 
-def test_threads_may_read_one_update(tmp_path: Path) -> None:
-    schema = schema_of((6 * BLOCK_SIZE + 5,))
-    encode_update(
-        tmp_path / "u", schema, gaussian(schema), CodecSettings(kind=CodecKind.TERNARY, density=0.01)
-    )
+@pytest.mark.parametrize("codec", ALL, ids=IDS)
+def test_a_sparse_tile_is_the_tile_without_its_zeros(tmp_path: Path, codec: CodecSettings) -> None:
+    schema = schema_of((SPARSE_BLOCK + 7,), (0,), (90,))
+    deltas = gaussian(schema)
+    deltas["t000"][::3] = 0
+    encode_update(tmp_path / "u", schema, deltas, codec)
+    with UpdateFile(tmp_path / "u", schema) as update:
+        assert update.sparse is (codec.kind in KEEPS_A_SHARE)
+        for name, start, stop in [
+            ("t000", 0, 1000),
+            ("t000", SPARSE_BLOCK - 500, SPARSE_BLOCK + 7),
+            ("t000", 5, 5),
+            ("t001", 0, 0),
+            ("t002", 1, 90),
+        ]:
+            indices, kept = update.sparse_tile(name, start, stop)
+            assert (indices.dtype, kept.dtype) == (np.dtype(np.int64), np.dtype(np.float32))
+            assert kept.all()
+            dense = np.zeros(stop - start, np.float32)
+            dense[indices] = kept
+            np.testing.assert_array_equal(dense, update.tile(name, start, stop))
+            assert (np.diff(indices) > 0).all()
+
+
+@pytest.mark.parametrize("codec", [TERNARY, INT8], ids=["sparse", "dense"])
+def test_threads_may_read_one_update(tmp_path: Path, codec: CodecSettings) -> None:
+    schema = schema_of((SPARSE_BLOCK + 5 * DENSE_BLOCK + 5,))
+    encode_update(tmp_path / "u", schema, gaussian(schema), codec)
     whole = decoded(tmp_path / "u", schema)["t000"]
     wrong: list[int] = []
     with UpdateFile(tmp_path / "u", schema) as update:
 
         def read(offset: int) -> None:
-            for start in range(offset * 1000, schema.num_parameters, 400_000):
+            for start in range(offset * 1000, schema.num_parameters, 200_000):
                 tile = update.tile("t000", start, min(start + 1000, schema.num_parameters))
                 wrong.extend(np.flatnonzero(tile != whole[start : start + 1000]))
 
@@ -181,19 +203,48 @@ def test_threads_may_read_one_update(tmp_path: Path) -> None:
 
 
 def test_every_kind_has_a_codec() -> None:
-    assert set(CODECS) == set(CodecKind)
+    assert set(CODECS) == set(CodecKind) == {codec.kind for codec in ALL}
+    assert set(VALUES) == set(ValueKind)
 
 
 # -- size
 
 
+def entropy_bits(share: float) -> float:
+    return -share * math.log2(share) - (1 - share) * math.log2(1 - share)
+
+
 @pytest.mark.parametrize("density", [0.05, 0.1, 0.2])
-def test_ternary_is_within_three_percent_of_the_entropy(tmp_path: Path, density: float) -> None:
+def test_ternary_is_within_half_a_percent_of_the_entropy(tmp_path: Path, density: float) -> None:
     schema = schema_of((1500, 1000), (1500, 1000))
     codec = CodecSettings(kind=CodecKind.TERNARY, density=density)
     encoded = encode_update(tmp_path / "u", schema, gaussian(schema), codec)
-    bound = density - density * math.log2(density) - (1 - density) * math.log2(1 - density)
-    assert bound < encoded.bits_per_parameter < 8 * encoded.size_bytes / schema.num_parameters <= 1.03 * bound
+    bound = entropy_bits(density) + density
+    assert 0.999 * bound < encoded.bits_per_parameter <= 1.005 * bound
+
+
+@pytest.mark.parametrize(
+    ("codec", "bits", "bits_max"),
+    [
+        (BF16, 11.1, 16.01),
+        (INT8, 7.6, 8.13),
+        (CodecSettings(kind=CodecKind.INT4), 3.45, 4.13),
+        (SIGN, 1.01, 1.01),
+        (MASK, 0.1 * 7.8, 0.1 * 8.5),
+    ],
+    ids=lambda value: value.kind.value if isinstance(value, CodecSettings) else "",
+)
+def test_how_many_bits_a_gaussian_takes_and_noise_at_most(
+    tmp_path: Path, codec: CodecSettings, bits: float, bits_max: float
+) -> None:
+    schema = schema_of((1000, 1000))
+    assert encode_update(tmp_path / "u", schema, gaussian(schema), codec).bits_per_parameter < bits
+    # Uniform values, or exponents, leave nothing to a lossless stage.
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(-1, 1, (1000, 1000)).astype(np.float32)
+    if codec is BF16:
+        noise = np.ldexp(noise, rng.integers(-120, 100, noise.shape)).astype(np.float32)
+    assert encode_update(tmp_path / "u", schema, {"t000": noise}, codec).bits_per_parameter < bits_max
 
 
 @pytest.mark.parametrize("codec", [*ALL, CodecSettings(kind=CodecKind.TERNARY, density=1.0)])
@@ -204,23 +255,30 @@ def test_no_update_is_larger_than_its_quota(
     schema = schema_of(*shapes)
     fisher = {name: np.exp(8 * array) for name, array in gaussian(schema).items()}
     size_bytes = encode_update(tmp_path / "u", schema, gaussian(schema), codec, fisher=fisher).size_bytes
-    quota = update_bytes_max(schema, codec, fisher=True)
-    assert (
-        size_bytes
-        <= quota
-        <= 2 * size_bytes + (12 << 10) + 512 * len(schema.tensors) + 2 * schema.num_parameters
-    )
+    quota = update_bytes_max(schema, [codec], fisher=True)
+    slack = (12 << 10) + 640 * len(schema.tensors) + 2 * schema.num_parameters
+    assert size_bytes <= quota <= 2 * size_bytes + slack
+    assert update_bytes_max(schema, [FP32, codec], fisher=True) >= quota
     with pytest.raises(UpdateRejected, match="at most"):
-        screen_update(tmp_path / "u", schema, codec, wants_fisher=True, size_bytes_max=size_bytes - 1)
+        screen_update(tmp_path / "u", schema, [codec], wants_fisher=True, size_bytes_max=size_bytes - 1)
+
+
+def test_gaps_as_good_as_random_bytes_are_within_the_quota(tmp_path: Path) -> None:
+    schema, codec = schema_of((300_000,)), CodecSettings(kind=CodecKind.TERNARY, density=1 / 128)
+    positions = np.cumsum(np.random.default_rng(0).integers(1, 255, 2300))
+    delta = np.zeros(300_000, np.float32)
+    delta[positions] = 1
+    size_bytes = encode_update(tmp_path / "u", schema, {"t000": delta}, codec).size_bytes
+    assert size_bytes <= update_bytes_max(schema, [codec], fisher=False)
 
 
 def test_many_small_tensors_cost_no_header_each(tmp_path: Path) -> None:
     schema = schema_of(*((16, 64) for _ in range(308)))
     encoded = encode_update(tmp_path / "u", schema, gaussian(schema), TERNARY)
-    assert encoded.size_bytes < 1.07 * schema.num_parameters * 0.569 / 8 + 2000
+    assert encoded.size_bytes < 1.07 * schema.num_parameters * 0.569 / 8 + 2400
 
 
-@pytest.mark.parametrize("codec", ALL, ids=lambda codec: codec.kind.value)
+@pytest.mark.parametrize("codec", ALL, ids=IDS)
 def test_equal_updates_are_equal_bytes(tmp_path: Path, codec: CodecSettings) -> None:
     schema = schema_of((30, 40), (7,))
     deltas = gaussian(schema)
@@ -271,7 +329,7 @@ def test_each_tensor_keeps_its_share_on_its_own_scale(tmp_path: Path) -> None:
 def test_gaps_of_any_length_come_back(gap: int) -> None:
     positions = np.array([gap, 2 * gap + 1, 2 * gap + 2])
     data = lossless.encode_gaps(positions)
-    assert data.size <= lossless.gap_bytes_max(3, 2 * gap + 3)
+    assert data.size <= lossless.num_gap_symbols_max(3, 2 * gap + 3)
     assert lossless.decode_gaps(data, count=3, size=2 * gap + 3).tolist() == positions.tolist()
     with pytest.raises(CodecError, match="past the end"):
         lossless.decode_gaps(data, count=3, size=2 * gap + 2)
@@ -286,16 +344,120 @@ def test_gaps_of_another_count_are_refused(data: list[int], count: int) -> None:
 
 
 def test_sign_bits_beyond_the_last_are_zero() -> None:
-    assert lossless.decode_signs(np.array([0b10100000], np.uint8), count=3).tolist() == [-1, 1, -1]
+    assert lossless.decode_signs(np.array([0b10100000], np.uint8), count=3).tolist() == [1, 0, 1]
     for count in (2, 9):
         with pytest.raises(CodecError, match="sign bits"):
             lossless.decode_signs(np.array([0b10100000], np.uint8), count=count)
 
 
+def test_a_model_is_a_count_with_three_bits_of_mantissa() -> None:
+    counts = np.zeros(256, np.int64)
+    counts[:12] = [1, 2, 3, 9, 15, 16, 17, 18, 1000, 2**31, 2**40, 0]
+    model = lossless.model_of(counts)
+    assert model[:12].tolist() == [1, 9, 13, 26, 32, 33, 33, 34, 80, 249, 255, 0]
+    frequencies = lossless.frequencies(model)
+    assert frequencies.sum() == 1 << 24
+    assert frequencies.min() >= 1
+
+
+@pytest.mark.parametrize("counts", [[], [(7, 1)], [(0, 10**9)], [(symbol, 5) for symbol in range(256)]])
+def test_symbols_come_back_whatever_the_model(counts: list[tuple[int, int]]) -> None:
+    of_symbol = np.zeros(256, np.int64)
+    for symbol, count in counts:
+        of_symbol[symbol] = count
+    coder = lossless.EntropyCoder(lossless.model_of(of_symbol))
+    symbols = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8)
+    words = coder.encode(symbols)
+    assert coder.decode(words, 1000).tolist() == symbols.tolist()
+    assert coder.decode(coder.encode(symbols[:0]), 0).size == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    model=hnp.arrays(np.uint8, 256),
+    words=hnp.arrays(np.uint32, st.integers(0, 12)),
+    count=st.integers(0, 40),
+)
+def test_no_words_but_the_encoders_are_decoded(
+    model: npt.NDArray[np.uint8], words: npt.NDArray[np.uint32], count: int
+) -> None:
+    coder = lossless.EntropyCoder(model)
+    try:
+        symbols = coder.decode(words, count)
+    except CodecError:
+        return
+    assert coder.encode(symbols).tolist() == words.tolist()
+
+
+# -- seeds
+
+
+def test_a_mask_is_the_same_for_a_seed_and_another_for_the_next(tmp_path: Path) -> None:
+    schema = schema_of((1000, 30), (30, 100))
+    kept = []
+    for values_seed, round_seed in [(0, 5), (1, 5), (0, 6)]:
+        encode_update(tmp_path / "u", schema, gaussian(schema, values_seed), MASK, round_seed=round_seed)
+        kept.append(
+            np.concatenate([array.ravel() != 0 for array in decoded(tmp_path / "u", schema).values()])
+        )
+    assert 0.09 < kept[0].mean() < 0.11
+    # A value that is kept may still be rounded to zero.
+    assert (kept[0] == kept[1]).mean() > 0.99
+    assert (kept[0] & kept[2]).mean() < 0.02
+
+
+def test_a_mask_from_another_seed_than_the_rounds_is_refused(tmp_path: Path) -> None:
+    encode_update(tmp_path / "u", SCHEMA, gaussian(SCHEMA), MASK, round_seed=7)
+    screen_update(tmp_path / "u", SCHEMA, [MASK], wants_fisher=False, size_bytes_max=1 << 20, round_seed=7)
+    with pytest.raises(CodecError, match="not the task's: codec"):
+        screen_update(
+            tmp_path / "u", SCHEMA, [MASK], wants_fisher=False, size_bytes_max=1 << 20, round_seed=8
+        )
+
+
+@pytest.mark.parametrize("seed", [7, "", "07", "+7", "18446744073709551616", "٧", None])
+def test_a_seed_that_is_not_one_is_refused(tmp_path: Path, seed: Any) -> None:
+    encode_update(tmp_path / "u", SCHEMA, gaussian(SCHEMA), MASK, round_seed=7)
+    with TensorFile(tmp_path / "u") as file:
+        stated = json.loads(file.header.metadata[STATEMENT])
+        tensors: Tensors = {name: file.array(name).copy() for name in file.header.entries}
+    stated["codec"]["round_seed"] = seed
+    tensors["delta#scales"] = Bf16(tensors["delta#scales"])
+    write_tensors(tmp_path / "u", tensors, {STATEMENT: json.dumps(stated)})
+    with pytest.raises(CodecError, match="codec"):
+        screen(tmp_path / "u", SCHEMA, MASK)
+
+
+def test_a_seed_follows_from_names() -> None:
+    assert seed_of("run", "0.1", 3) == 0xD7520019143E0740 != seed_of("run", "0.1", 4)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_has_sixty_four_bits(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match="seeds"):
+        encode_update(tmp_path / "u", SCHEMA, gaussian(SCHEMA), MASK, round_seed=seed)
+
+
+def test_stochastic_rounding_follows_its_seed_and_is_right_on_average(tmp_path: Path) -> None:
+    schema = schema_of((4096,))
+    deltas = {"t000": np.full(4096, 0.3, np.float32)}
+    deltas["t000"][0] = 7
+    for codec in (CodecSettings(kind=CodecKind.INT4, scale_elements=0, stochastic_rounding=True), ALL[9]):
+        results = []
+        for seed in (1, 1, 2):
+            encode_update(tmp_path / "u", schema, deltas, codec, worker_seed=seed)
+            results.append(decoded(tmp_path / "u", schema)["t000"])
+        np.testing.assert_array_equal(results[0], results[1])
+        assert (results[0] != results[2]).any()
+        step = np.unique(results[0][1:])
+        assert step.size == 2
+        assert results[0][1:].mean() == pytest.approx(0.3, abs=float(step[1] - step[0]) / 20)
+
+
 # -- error feedback
 
 
-@pytest.mark.parametrize("codec", [BF16, TERNARY], ids=lambda codec: codec.kind.value)
+@pytest.mark.parametrize("codec", [codec for codec in ALL if codec.keeps_residual], ids=IDS[1:])
 def test_all_that_is_held_back_is_sent_or_kept(tmp_path: Path, codec: CodecSettings) -> None:
     schema = schema_of((40, 30), (50,))
     feedback = ErrorFeedback(schema)
@@ -303,7 +465,9 @@ def test_all_that_is_held_back_is_sent_or_kept(tmp_path: Path, codec: CodecSetti
     for round_number in range(20):
         deltas = gaussian(schema, seed=round_number)
         corrected = feedback.apply(deltas)
-        encode_update(tmp_path / "u", schema, corrected, codec)
+        encode_update(
+            tmp_path / "u", schema, corrected, codec, round_seed=round_number, worker_seed=round_number
+        )
         feedback.keep(corrected, tmp_path / "u")
         feedback.save(tmp_path / "residual")
         feedback = ErrorFeedback.load(tmp_path / "residual", schema)
@@ -318,6 +482,19 @@ def test_all_that_is_held_back_is_sent_or_kept(tmp_path: Path, codec: CodecSetti
         np.linalg.norm(np.concatenate([a.ravel() for a in held_back.values()]))
     )
     assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+def test_a_residual_that_decays_is_a_momentum(tmp_path: Path) -> None:
+    schema = schema_of((100,))
+    feedback, momentum = ErrorFeedback(schema, decay=0.5), np.zeros(100, np.float32)
+    for round_number in range(5):
+        delta = gaussian(schema, seed=round_number)["t000"]
+        corrected = feedback.apply({"t000": delta})
+        momentum = np.float32(0.5) * momentum + delta
+        np.testing.assert_array_equal(corrected["t000"], momentum)
+        encode_update(tmp_path / "u", schema, corrected, TERNARY)
+        feedback.keep(corrected, tmp_path / "u")
+        momentum -= decoded(tmp_path / "u", schema)["t000"]
 
 
 def test_a_refused_update_leaves_the_residual(tmp_path: Path) -> None:
@@ -336,14 +513,31 @@ def test_the_residual_of_another_module_is_refused(tmp_path: Path) -> None:
 # -- settings and misuse
 
 
-@pytest.mark.parametrize("density", [0.0, -0.1, 1.1, math.nan, math.inf])
-def test_an_impossible_density_names_its_key(density: float) -> None:
-    with pytest.raises(UsageError, match=r"codec\.density"):
-        CodecSettings(kind=CodecKind.TERNARY, density=density)
+@pytest.mark.parametrize("value", [0.0, -0.1, 1.1, math.nan, math.inf])
+@pytest.mark.parametrize("key", ["density", "residual_decay"])
+def test_an_impossible_share_names_its_key(key: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"codec\.{key}"):
+        CodecSettings(**{key: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("elements", [-1, 1, 15, (1 << 30) + 1])
+def test_an_impossible_group_names_its_key(elements: int) -> None:
+    with pytest.raises(UsageError, match=r"codec\.scale_elements"):
+        CodecSettings(scale_elements=elements)
+
+
+@pytest.mark.parametrize("kind", [CodecKind.FP32, CodecKind.SIGN, CodecKind.TERNARY])
+def test_where_nothing_is_rounded_stochastic_rounding_is_refused(kind: CodecKind) -> None:
+    with pytest.raises(UsageError, match="nothing to round"):
+        CodecSettings(kind=kind, stochastic_rounding=True)
+
+
+def test_how_many_elements_share_a_scale() -> None:
+    assert [codec.elements_per_scale for codec in ONE_OF_EACH] == [0, 0, 256, 64, 0, 4096, 0, 4096]
 
 
 def test_only_codecs_that_lose_something_keep_a_residual() -> None:
-    assert [codec.keeps_residual for codec in ALL] == [False, True, True]
+    assert [codec.keeps_residual for codec in ONE_OF_EACH] == [False] + 7 * [True]
     assert not dataclasses.replace(TERNARY, error_feedback=False).keeps_residual
 
 
@@ -380,7 +574,7 @@ def test_a_closed_update_and_an_absent_fisher_are_mistakes_of_the_caller(tmp_pat
     schema = schema_of((2,))
     encode_update(tmp_path / "u", schema, zeros(schema), FP32)
     update = UpdateFile(tmp_path / "u", schema)
-    with pytest.raises(ValueError, match="fisher"):
+    with pytest.raises(ValueError, match="section"):
         update.fisher_tile("t000", 0, 1)
     update.close()
     with pytest.raises(ValueError, match="closed"):
@@ -423,6 +617,11 @@ def put(name: str, value: Any, index: Any = 0) -> Callable[[Tensors], object]:
     return lambda tensors: np.asarray(tensors[name]).__setitem__(index, value)
 
 
+def bits(name: str, value: int, index: int = 0) -> Callable[[Tensors], object]:
+    """Set bits of a bfloat16."""
+    return lambda tensors: tensors[name].bits.__setitem__(index, value)
+
+
 def replace(name: str, array: npt.NDArray[Any]) -> Callable[[Tensors], object]:
     return lambda tensors: tensors.__setitem__(name, array)
 
@@ -437,15 +636,40 @@ def frames(section: str, what: str, content: bytes) -> Callable[[Tensors], objec
     return change
 
 
+def of_values(content: bytes) -> Callable[[Tensors], object]:
+    """Replace the values of the one block by one frame."""
+
+    def change(tensors: Tensors) -> None:
+        tensors["delta#values"] = np.frombuffer(content, np.uint8)
+        tensors["delta#value_bytes"] = np.array([len(content)], np.int32)
+
+    return change
+
+
+def of_gaps(symbols: list[int], counts: int | None = None) -> Callable[[Tensors], object]:
+    """Replace the gaps of the one block, under the model that is there."""
+
+    def change(tensors: Tensors) -> None:
+        coded = np.array(symbols, np.uint8)
+        words = lossless.EntropyCoder(tensors["delta#gap_model"]).encode(coded)
+        tensors["delta#gaps"] = words
+        tensors["delta#gap_words"] = np.array([words.size], np.int32)
+        tensors["delta#gap_symbols"] = np.array([coded.size], np.int32)
+        if counts is not None:
+            tensors["delta#counts"] = np.array([counts], np.int32)
+
+    return change
+
+
 def unsized(data: bytes) -> bytes:
     compressor = zstd.ZstdCompressor()
     return bytes(compressor.compress(data) + compressor.flush())
 
 
 BOMB = zstd.compress(bytes(1 << 28))
-GAPS = bytes([9] * 65)
-LIES = b"\x28\xb5\x2f\xfd\x20\x41" + zstd.compress(bytes(1 << 20))[9:]
-"""A frame that states 65 bytes and goes on to a mebibyte."""
+CODES = bytes([127] * 650)
+LIES = b"\x28\xb5\x2f\xfd\x60\x8a\x01" + zstd.compress(bytes(1 << 20))[9:]
+"""A frame that states 650 bytes and goes on to a mebibyte."""
 
 FORGERIES: dict[str, tuple[CodecSettings, Callable[[Tensors], object], str]] = {
     "nan-at-the-start": (FP32, put("delta/t000", np.nan, (0, 0)), "t000 is not finite at element 0"),
@@ -453,11 +677,8 @@ FORGERIES: dict[str, tuple[CodecSettings, Callable[[Tensors], object], str]] = {
     "infinity": (FP32, put("delta/t000", -np.inf, (19, 29)), "t000 is not finite at element 599"),
     "large": (FP32, put("delta/t000", 1.001e4, (0, 1)), "larger than 10000"),
     "large-negative": (FP32, put("delta/t000", -1.001e4, (0, 1)), "larger than 10000"),
-    "bf16-nan": (
-        BF16,
-        lambda t: t["delta/t001"].bits.__setitem__(3, 0x7FC1),
-        "t001 is not finite at element 3",
-    ),
+    "bf16-nan": (BF16, of_values(zstd.compress(bytes([255] * 650)) + bytes([1] * 650)), "t000 is not finite"),
+    "bf16-short": (BF16, of_values(b"x"), "does not hold 650 values"),
     "dtype": (FP32, replace("delta/t001", np.zeros(50, np.float16)), "delta/t001 is not F32"),
     "shape": (FP32, replace("delta/t001", np.zeros((5, 10), np.float32)), "delta/t001 is not F32"),
     "missing": (FP32, lambda t: t.pop("delta/t001"), "lacks delta/t001"),
@@ -474,56 +695,59 @@ FORGERIES: dict[str, tuple[CodecSettings, Callable[[Tensors], object], str]] = {
     "fisher-bomb": (FP32, frames("fisher", "codes", BOMB), "does not state a size"),
     "fisher-short": (FP32, frames("fisher", "codes", zstd.compress(bytes(649))), "649 codes for 650"),
     "fisher-frame-length": (FP32, put("fisher#frame_bytes", 1), "do not add up"),
-    "scale-nan": (TERNARY, put("delta#scales", np.nan), "not finite"),
-    "scale-infinite": (TERNARY, put("delta#scales", np.inf), "not finite"),
-    "scale-large": (TERNARY, put("delta#scales", 1e5), "larger than 10000"),
-    "scale-negative": (TERNARY, put("delta#scales", -1), "does not fit"),
-    "scale-zero": (TERNARY, put("delta#scales", 0), "does not fit"),
-    "scales-short": (TERNARY, replace("delta#scales", np.ones(1, np.float32)), "delta#scales is not F32"),
-    "count-higher": (TERNARY, put("delta#counts", 66), "positions"),
-    "count-negative": (TERNARY, put("delta#counts", -1), "do not add up"),
-    "count-barely-negative": (
+    "scale-nan": (TERNARY, bits("delta#scales", 0x7FC0), "t000 has a scale"),
+    "scale-infinite": (INT8, bits("delta#scales", 0x7F80, 3), "t001 has a scale"),
+    "scale-negative": (TERNARY, bits("delta#scales", 0xBF80, 1), "t001 has a scale"),
+    "scale-minus-zero": (SIGN, bits("delta#scales", 0x8000), "t000 has a scale"),
+    "scale-large": (TERNARY, bits("delta#scales", 0x47C3), "t000 has a scale"),
+    "scale-large-of-integers": (INT8, bits("delta#scales", 0x42F0), "t000 holds a value larger than 10000"),
+    "scales-short": (
         TERNARY,
-        lambda t: t.update({"delta#counts": np.array([-1], np.int32), "delta#signs": np.zeros(0, np.uint8)}),
-        "cannot keep",
+        lambda t: t.update({"delta#scales": Bf16(t["delta#scales"].bits[:1])}),
+        "is not BF16",
     ),
-    "count-huge": (TERNARY, put("delta#counts", 2**31 - 1), "do not add up"),
-    "signs-short": (TERNARY, lambda t: t.update({"delta#signs": t["delta#signs"][:-1]}), "do not add up"),
-    "signs-left-over": (TERNARY, put("delta#signs", 255, -1), "sign bits"),
-    "signs-two-dimensions": (
+    "count-higher": (TERNARY, put("delta#counts", 66), "does not fit"),
+    "count-lower": (TERNARY, put("delta#counts", 64), "positions"),
+    "count-negative": (TERNARY, put("delta#counts", -1), "keeps more values than it has"),
+    "count-huge": (TERNARY, put("delta#counts", 2**31 - 1), "keeps more values than it has"),
+    "symbols-fewer": (TERNARY, put("delta#gap_symbols", 64), "does not fit"),
+    "symbols-negative": (TERNARY, put("delta#gap_symbols", -1), "does not fit"),
+    "symbols-huge": (TERNARY, put("delta#gap_symbols", 2**31 - 1), "does not fit"),
+    "words-negative": (TERNARY, put("delta#gap_words", -1), "do not add up"),
+    "words-more": (
         TERNARY,
-        replace("delta#signs", np.zeros((1, 9), np.uint8)),
-        "delta#signs is not U8",
+        lambda t: t.update({"delta#gaps": np.append(t["delta#gaps"], np.uint32(1))}),
+        "add up",
     ),
-    "frame-length-negative": (TERNARY, put("delta#frame_bytes", -1), "do not add up"),
-    "bomb": (TERNARY, frames("delta", "gaps", BOMB), "does not state a size"),
-    "bomb-of-unstated-size": (
+    "words-zero-at-the-end": (TERNARY, put("delta#gaps", 0, -1), "end in zero"),
+    "words-changed": (TERNARY, put("delta#gaps", 12345, 0), "are not those of|positions|past the end|keeps"),
+    "model-short": (TERNARY, lambda t: t.update({"delta#gap_model": t["delta#gap_model"][:-1]}), "is not U8"),
+    "model-changed": (TERNARY, put("delta#gap_model", 0, slice(None)), "are not those of"),
+    "gaps-two-dimensions": (
         TERNARY,
-        frames("delta", "gaps", unsized(bytes(1 << 24))),
-        "does not state a size",
+        replace("delta#gaps", np.zeros((1, 9), np.uint32)),
+        "delta#gaps is not U32",
     ),
-    "bomb-that-lies": (TERNARY, frames("delta", "gaps", LIES), "frame"),
-    "two-frames": (
-        TERNARY,
-        frames("delta", "gaps", zstd.compress(GAPS) + zstd.compress(b"")),
-        "does not hold",
-    ),
-    "bytes-after-the-frame": (TERNARY, frames("delta", "gaps", zstd.compress(GAPS) + b"x"), "does not hold"),
-    "torn-frame": (TERNARY, frames("delta", "gaps", zstd.compress(GAPS)[:-1]), "frame"),
-    "skippable-frame": (
-        TERNARY,
-        frames("delta", "gaps", b"\x50\x2a\x4d\x18\0\0\0\0"),
-        "does not state a size",
-    ),
-    "not-a-frame": (TERNARY, frames("delta", "gaps", b"hello"), "does not state a size"),
-    "no-frame": (TERNARY, frames("delta", "gaps", b""), "does not state a size"),
-    "gaps-past-the-end": (TERNARY, frames("delta", "gaps", zstd.compress(bytes([10] * 65))), "past the end"),
-    "one-tensor-keeps-all": (
-        TERNARY,
-        frames("delta", "gaps", zstd.compress(bytes(65))),
-        "t000 keeps 65 of 600",
-    ),
-    "unfinished-gap": (TERNARY, frames("delta", "gaps", zstd.compress(bytes(65) + b"\xff")), "positions"),
+    "gaps-past-the-end": (TERNARY, of_gaps([10] * 65), "past the end"),
+    "unfinished-gap": (TERNARY, of_gaps([1] * 64 + [255]), "positions"),
+    "only-escapes": (TERNARY, of_gaps([255, 255], counts=0), "positions"),
+    "one-tensor-keeps-all": (TERNARY, of_gaps([0] * 65), "t000 keeps 65 of 600"),
+    "signs-short": (TERNARY, of_values(bytes(8)), "sign bits"),
+    "signs-left-over": (TERNARY, put("delta#values", 255, -1), "sign bits"),
+    "values-length-negative": (TERNARY, put("delta#value_bytes", -1), "do not add up"),
+    "code-too-high": (INT8, of_values(zstd.compress(CODES[:-1] + b"\xff")), "no encoder writes"),
+    "nibble-too-high": (INT4, of_values(zstd.compress(bytes([0x7F] * 325))), "no encoder writes"),
+    "too-few-codes": (INT8, of_values(zstd.compress(CODES[:-1])), "649 bytes and not 650"),
+    "bomb": (INT8, of_values(BOMB), "does not state a size"),
+    "bomb-of-unstated-size": (INT8, of_values(unsized(bytes(1 << 24))), "does not state a size"),
+    "bomb-that-lies": (INT8, of_values(LIES), "frame"),
+    "two-frames": (INT8, of_values(zstd.compress(CODES) + zstd.compress(b"")), "does not hold"),
+    "bytes-after-the-frame": (INT8, of_values(zstd.compress(CODES) + b"x"), "does not hold"),
+    "torn-frame": (INT8, of_values(zstd.compress(CODES)[:-1]), "frame"),
+    "skippable-frame": (INT8, of_values(b"\x50\x2a\x4d\x18\0\0\0\0"), "does not state a size"),
+    "not-a-frame": (INT8, of_values(b"hello"), "does not state a size"),
+    "no-frame": (INT8, of_values(b""), "does not state a size"),
+    "mask-of-too-few": (MASK, of_values(zstd.compress(CODES[:3])), "bytes and not"),
 }
 
 
@@ -534,12 +758,12 @@ def test_a_forgery_is_refused_and_costs_no_memory(
     path = forge(tmp_path / "u", codec, change)
     tracemalloc.start()
     with pytest.raises((UpdateRejected, CodecError), match=message):
-        screen_update(path, SCHEMA, codec, wants_fisher=True, size_bytes_max=1 << 20)
+        screen_update(path, SCHEMA, [codec], wants_fisher=True, size_bytes_max=1 << 20)
     assert tracemalloc.get_traced_memory()[1] < 32 << 20
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("codec", ALL, ids=lambda codec: codec.kind.value)
+@pytest.mark.parametrize("codec", ALL, ids=IDS)
 def test_an_unchanged_forgery_passes(tmp_path: Path, codec: CodecSettings) -> None:
     screen(forge(tmp_path / "u", codec, lambda _: None), SCHEMA, codec, fisher=True)
 
@@ -547,7 +771,12 @@ def test_an_unchanged_forgery_passes(tmp_path: Path, codec: CodecSettings) -> No
 def restate(path: Path, statement: Any, metadata: Mapping[str, str] | None = None) -> Path:
     encode_update(path, SCHEMA, gaussian(SCHEMA), TERNARY)
     with TensorFile(path) as file:
-        tensors = {spec.name: file.array(spec.name).copy() for spec in file.header.specs}
+        tensors: Tensors = {
+            spec.name: Bf16(file.array(spec.name).copy())
+            if spec.dtype == "BF16"
+            else file.array(spec.name).copy()
+            for spec in file.header.specs
+        }
         stated = statement(json.loads(file.header.metadata[STATEMENT]))
     write_tensors(
         path,
@@ -562,6 +791,8 @@ def restate(path: Path, statement: Any, metadata: Mapping[str, str] | None = Non
     [
         lambda stated: stated | {"codec": {"kind": "ternary", "density": 0.2}},
         lambda stated: stated | {"codec": {"kind": "bf16"}},
+        lambda stated: stated | {"codec": stated["codec"] | {"round_seed": "1"}},
+        lambda stated: stated | {"codec": stated["codec"] | {"scale_elements": 16}},
         lambda stated: stated | {"codec": {"kind": "zip"}},
         lambda stated: stated | {"codec": None},
         lambda stated: stated | {"format": 2},
@@ -591,6 +822,9 @@ def test_a_statement_that_is_not_the_tasks_is_refused(tmp_path: Path, statement:
         {"kind": []},
         {"kind": "ternary", "density": 10**400},
         {"kind": "bf16", "density": 0},
+        {"kind": "topk", "values": "zip"},
+        {"kind": "int8", "scale_elements": 7},
+        {"kind": "int8", "scale_elements": []},
     ],
 )
 def test_a_file_that_was_not_screened_and_names_no_codec_does_not_open(tmp_path: Path, codec: Any) -> None:
@@ -610,17 +844,26 @@ def test_there_is_no_other_metadata(tmp_path: Path) -> None:
         screen(path, SCHEMA, TERNARY)
 
 
+def test_an_update_of_any_allowed_codec_passes(tmp_path: Path) -> None:
+    for codec in ONE_OF_EACH:
+        encode_update(tmp_path / "u", SCHEMA, gaussian(SCHEMA), codec)
+        screen_update(tmp_path / "u", SCHEMA, ONE_OF_EACH, wants_fisher=False, size_bytes_max=1 << 20)
+        others = [other for other in ONE_OF_EACH if other is not codec]
+        with pytest.raises(CodecError, match="not the task's: codec"):
+            screen_update(tmp_path / "u", SCHEMA, others, wants_fisher=False, size_bytes_max=1 << 20)
+
+
 @pytest.mark.parametrize("codec", [FP32, BF16, dataclasses.replace(TERNARY, density=0.2)])
 def test_an_update_of_another_codec_is_refused(tmp_path: Path, codec: CodecSettings) -> None:
     encode_update(tmp_path / "u", SCHEMA, gaussian(SCHEMA), TERNARY)
     with pytest.raises((CodecError, UpdateRejected)):
-        screen_update(tmp_path / "u", SCHEMA, codec, wants_fisher=False, size_bytes_max=1 << 20)
+        screen_update(tmp_path / "u", SCHEMA, [codec], wants_fisher=False, size_bytes_max=1 << 20)
 
 
 def test_a_fisher_that_nobody_asked_for_is_refused(tmp_path: Path) -> None:
     path = forge(tmp_path / "u", TERNARY, lambda _: None)
     with pytest.raises(UpdateRejected, match="fisher"):
-        screen_update(path, SCHEMA, TERNARY, wants_fisher=False, size_bytes_max=1 << 20)
+        screen_update(path, SCHEMA, [TERNARY], wants_fisher=False, size_bytes_max=1 << 20)
 
 
 def test_an_update_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -632,11 +875,11 @@ def test_an_update_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[CodecKind, bytes]:
     """A good update with a Fisher, by codec."""
     path = tmp_path_factory.mktemp("valid") / "u"
-    return {codec.kind: forge(path, codec, lambda _: None).read_bytes() for codec in ALL}
+    return {codec.kind: forge(path, codec, lambda _: None).read_bytes() for codec in ONE_OF_EACH}
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data(), codec=st.sampled_from(ALL))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data(), codec=st.sampled_from(ONE_OF_EACH))
 def test_flipped_bits_raise_nothing_else_and_let_nothing_else_in(
     tmp_path: Path, valid: dict[CodecKind, bytes], data: st.DataObject, codec: CodecSettings
 ) -> None:
@@ -653,63 +896,3 @@ def test_flipped_bits_raise_nothing_else_and_let_nothing_else_in(
     for array in decoded(tmp_path / "u", SCHEMA, fisher=True).values():
         assert np.isfinite(array).all()
         assert (array >= 0).all()
-
-
-# -- the vector of docs/update-format.md
-
-VECTOR_SCHEMA = Schema(
-    (TensorSpec("a", "F32", (2, 3)), TensorSpec("b", "F32", (600,)), TensorSpec("c", "F32", (2,)))
-)
-VECTOR_CODEC = CodecSettings(kind=CodecKind.TERNARY, density=0.004)
-VECTOR_HEADER = (
-    r'{"__metadata__":{"weft.update":"{\"codec\":{\"density\":0.004,\"kind\":\"ternary\"},\"format\":1,'
-    r"\"num_parameters\":608,\"sections\":{\"delta\":{\"bits_per_parameter\":0.4605263157894737,\"bytes\":35,"
-    r"\"codec\":\"ternary\"},\"fisher\":{\"bits_per_parameter\":0.5921052631578947,\"bytes\":45,"
-    r'\"codec\":\"log8\"}}}"},"delta#counts":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},'
-    r'"delta#frame_bytes":{"dtype":"I32","shape":[1],"data_offsets":[4,8]},'
-    r'"delta#scales":{"dtype":"F32","shape":[3],"data_offsets":[8,20]},'
-    r'"fisher#frame_bytes":{"dtype":"I32","shape":[1],"data_offsets":[20,24]},'
-    r'"fisher#scales":{"dtype":"F32","shape":[3],"data_offsets":[24,36]},'
-    r'"delta#gaps":{"dtype":"U8","shape":[14],"data_offsets":[36,50]},'
-    r'"delta#signs":{"dtype":"U8","shape":[1],"data_offsets":[50,51]},'
-    r'"fisher#codes":{"dtype":"U8","shape":[29],"data_offsets":[51,80]}}   '
-)
-VECTOR_DATA = bytes.fromhex(
-    "03000000 0e000000 0000803f 00004040 00000000 1d000000 00004040 00008040 00000000"
-    "28b52ffd 20 05 290000 01 05 ff ff 57 c0"
-    "28b52ffd 6060019d000060f3ebe300ffa3dff700ff00000100512a7004"
-)
-
-
-def vector_module() -> tuple[Arrays, Arrays]:
-    b = np.zeros(600, np.float32)
-    b[[0, 1, 599]] = [0.25, -2, 4]
-    a = np.array([[0.5, -1, 0.25], [0, 1, -0.5]], np.float32)
-    fisher = np.array([[1, 0.5, 0.25], [0, 3, 1e-3]], np.float32)
-    c = np.zeros(2, np.float32)
-    return {"a": a, "b": b, "c": c}, {"a": fisher, "b": np.abs(b), "c": c}
-
-
-def test_the_documented_vector_decodes(tmp_path: Path) -> None:
-    header = VECTOR_HEADER.encode()
-    (tmp_path / "u").write_bytes(struct.pack("<Q", len(header)) + header + VECTOR_DATA)
-    statistics = screen(tmp_path / "u", VECTOR_SCHEMA, VECTOR_CODEC, fisher=True)
-    assert statistics.norm == pytest.approx(math.sqrt(1 + 9 + 9))
-    delta = decoded(tmp_path / "u", VECTOR_SCHEMA)
-    assert delta["a"].reshape(-1).tolist() == [0, -1, 0, 0, 0, 0]
-    assert {int(i): float(delta["b"][i]) for i in np.flatnonzero(delta["b"])} == {1: -3, 599: 3}
-    fisher = decoded(tmp_path / "u", VECTOR_SCHEMA, fisher=True)
-    assert fisher["a"].reshape(-1).tolist() == [1.0625, 0.53125, 0.265625, 0, 3.125, 0.00103759765625]
-    assert {int(i): float(fisher["b"][i]) for i in np.flatnonzero(fisher["b"])} == {
-        0: 0.265625,
-        1: 2.125,
-        599: 4.25,
-    }
-
-
-def test_the_documented_vector_is_what_is_written(tmp_path: Path) -> None:
-    delta, fisher = vector_module()
-    encode_update(tmp_path / "u", VECTOR_SCHEMA, delta, VECTOR_CODEC, fisher=fisher)
-    written = (tmp_path / "u").read_bytes()
-    # The Fisher's frame, the last 29 bytes, is compressed: another zstd may find a shorter one.
-    assert written[8 + len(VECTOR_HEADER) :][:51] == VECTOR_DATA[:51]
