@@ -8,15 +8,19 @@ repositories carry (pickled copies of the weights, other frameworks' formats) ar
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from blake3 import blake3
 
 from weft.common.errors import BaseModelError, UsageError
 from weft.common.ids import Digest, digest
+from weft.common.modules import TensorSpec
 from weft.common.recipe import BaseFile, BasePin
-from weft.common.tensors import FOREIGN, read_header
+from weft.common.tensors import FOREIGN, Float32Array, TensorFile, read_header, to_float32
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -39,6 +43,8 @@ TOKENIZER_FILES: Final = frozenset(
 """What tokenizers are made of."""
 _SMALL_FILES: Final = TOKENIZER_FILES | {CONFIG, "generation_config.json", WEIGHTS_INDEX}
 _PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+_OTHER_NAMES: Final = {"lm_head.weight": "embed_out.weight"}
+"""Names in files that transformers still reads under others (GPT-NeoX's output layer)."""
 _READ_BYTES: Final = 1 << 20
 
 
@@ -76,6 +82,15 @@ def check_base(directory: Path, pin: BasePin) -> None:
         raise BaseModelError(f"{directory / extra[0]} is not part of the run's base", hint=hint)
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there are weights of any kind beside the configuration."""
+    return any(
+        path.suffix in {".safetensors", ".bin", ".pt", ".pth"}
+        for path in directory.iterdir()
+        if path.is_file()
+    )
+
+
 def base_file_names(directory: Path) -> tuple[str, ...]:
     """Names of the files in ``directory`` that make up a base, sorted; raises BaseModelError."""
     if not directory.is_dir():
@@ -106,6 +121,44 @@ def num_base_parameters(directory: Path) -> int:
     """
     weights = (name for name in base_file_names(directory) if name.endswith(".safetensors"))
     return sum(spec.size for name in weights for spec in read_header(directory / name, FOREIGN).specs)
+
+
+def base_tensors(directory: Path, specs: Iterable[TensorSpec]) -> dict[str, Float32Array]:
+    """Float32 copies of some of the base's weights, by the names that they have in the model; only these are read.
+
+    Files that hold the model without its head name its weights without the first part of their names, such as
+    ``model.``; both are found.
+
+    Raises:
+        BaseModelError: The files do not hold a tensor, or hold it in another shape or as no floating point.
+        TensorFileError: A weight file is damaged.
+    """
+    names = [name for name in base_file_names(directory) if name.endswith(".safetensors")]
+    tensors: dict[str, Float32Array] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(directory / name, FOREIGN)) for name in names]
+        held = {name: file for file in files for name in file.header.entries}
+        for spec in specs:
+            names_there = (spec.name, spec.name.partition(".")[2], _OTHER_NAMES.get(spec.name, ""))
+            found = next((name for name in names_there if name in held), None)
+            if found is None:
+                raise BaseModelError(
+                    f"the files of {directory} do not hold {spec.name} by this name",
+                    hint='save the model again with save_pretrained, or set topology.kind = "lora"',
+                )
+            tensors[spec.name] = _float32_copy(held[found], found, spec)
+    return tensors
+
+
+def _float32_copy(file: TensorFile, name: str, wanted: TensorSpec) -> Float32Array:
+    spec = file.header.entries[name].spec
+    if spec.shape != wanted.shape or spec.dtype not in {"F32", "F16", "BF16"}:
+        raise BaseModelError(
+            f"the base holds {name} as {spec.dtype} {list(spec.shape)}, and its configuration says "
+            f"{list(wanted.shape)} of floating point",
+            hint="use weights that fit config.json, stored as float32, float16 or bfloat16",
+        )
+    return np.array(to_float32(file.array(name), spec.dtype))
 
 
 def resolve_source(source: str, *, revision: str = "", cache: Path | None = None) -> Path:

@@ -1,19 +1,18 @@
 """Modules onto the base: which tensors a run trains, and a model that is a base with one path's modules.
 
-The only place that knows ``peft``. The base is loaded once and never changes; runs put adapters of their own
-beside its layers, and switching between runs switches adapters. Tensor names are described in
+The only place that knows ``peft``. Tensor names are described in
 ``weft.common.modules``; here they are translated from and to PEFT's.
 
 A module's tensors are found by building the model on the meta device, so that describing a run of any size
-takes no memory and reads no weights. Tensors within transformer block i belong to the level that
-``level_of_layer`` gives i; those outside every block, and a classifier's head, to the last level.
+takes no memory and reads no weights; ``weft.common.anatomy`` says which level each belongs to.
+
+A resident base is of one kind. With LoRA modules (``_Adapters``) each slot is an adapter, and with full modules
+(``weft.common.blocks``) the weights themselves are exchanged; ``ResidentBase`` and ``Composed`` hide which.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,15 +25,17 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
+from weft.common.anatomy import Anatomy
+from weft.common.blocks import Blocks, check_fit, copy_into
 from weft.common.errors import BaseModelError, OutOfMemory, UsageError
 from weft.common.ids import ModuleKey
-from weft.common.modules import LORA_A, LORA_B, Kind, Schema, TensorSpec, Topology, level_of_layer
+from weft.common.modules import Kind, Schema, TensorSpec
 from weft.common.recipe import Recipe, TaskKind, TaskSettings
 from weft.common.sequences import IGNORED, Batch
 
 Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
 Quantisation = Literal["none", "4bit"]
-_BLOCK: Final = re.compile(r"\.(\d+)\.")
 
 
 # -- what a run trains ---------------------------------------------------------------------------------------
@@ -44,73 +45,30 @@ def describe(base_dir: Path, recipe: Recipe) -> dict[ModuleKey, Schema]:
     """The tensors of each of the run's modules, all float32.
 
     Raises:
-        BaseModelError: The model class is not supported, target modules match nothing, or there are fewer
-            layers than levels.
-        UsageError: The topology is of a kind that this version does not train.
+        BaseModelError: The model class is not supported, target modules match nothing, or the grid does not
+            divide the layers.
     """
     with torch.device("meta"):
         model = _auto_class(recipe.task).from_config(read_config(base_dir, recipe.task))
-        num_layers = _num_layers(model, recipe.topology)
-        adapters, adapter = _attach(None, model, _anatomy(model), recipe)
-    parameters = adapters.parameters_of(adapter)
-    num_levels = len(recipe.topology.experts)
-    levels: list[list[TensorSpec]] = [[] for _ in range(num_levels)]
-    for name, parameter in sorted(parameters.items()):
-        level = _level(name, num_layers=num_layers, num_levels=num_levels)
-        levels[level].append(TensorSpec(name, "F32", tuple(parameter.shape)))
-    return {key: Schema(tuple(levels[key.level])) for key in recipe.topology.modules}
+        anatomy = Anatomy.of(model)
+        recipe.topology.level_of_blocks(anatomy.num_blocks)
+        if recipe.topology.kind is Kind.LORA:
+            adapters, name = _Adapters(model, anatomy), _adapter_name(recipe)
+            adapters.attach(recipe, name)
+            parameters = adapters.parameters_of(name)
+        else:
+            parameters = dict(model.named_parameters())
+    levels = _levels(anatomy, parameters, recipe)
+    specs: list[list[TensorSpec]] = [[] for _ in recipe.topology.experts]
+    for name, level in sorted(levels.items()):
+        specs[level].append(TensorSpec(name, "F32", tuple(parameters[name].shape)))
+    return {key: Schema(tuple(specs[key.level])) for key in recipe.topology.modules}
 
 
-@dataclass(frozen=True, slots=True)
-class _Anatomy:
-    """Parts of a model before anything is attached to it."""
-
-    linear: Mapping[str, Any]
-    """Layers that can carry an adapter, by name: nn.Linear, and GPT-2's Conv1D, which stores W transposed."""
-    tied: Tensor | None
-    """The embedding's weight where the output layer shares it."""
-    heads: tuple[str, ...]
-    """Parts of a classification model outside its base model: trained whole, beside the adapters."""
-
-    def targets(self, target_modules: Collection[str]) -> list[Any]:
-        """The layers that ``target_modules`` name by their last parts; one without raises BaseModelError."""
-        layers = []
-        for target in target_modules:
-            found = [layer for name, layer in self.linear.items() if f".{name}".endswith(f".{target}")]
-            if not found:
-                raise _no_such_layer(target, sorted({name.rpartition(".")[2] for name in self.linear}))
-            if any(layer.weight is self.tied for layer in found):
-                raise BaseModelError(
-                    f"{target} shares its weights with the token embedding and cannot change alone",
-                    hint=f"take {target} out of topology.lora.target_modules",
-                )
-            layers += found
-        return layers
-
-
-def _anatomy(model: Any) -> _Anatomy:
-    from transformers.pytorch_utils import Conv1D
-
-    children = model.named_children()
-    tied = bool(model.config.get_text_config().tie_word_embeddings)
-    return _Anatomy(
-        linear={
-            name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | Conv1D)
-        },
-        tied=model.get_input_embeddings().weight if tied else None,
-        heads=tuple(
-            name for name, child in children if name != model.base_model_prefix and [*child.parameters()]
-        ),
-    )
-
-
-def _no_such_layer(target: str, known: list[str]) -> BaseModelError:
-    near = difflib.get_close_matches(target, known, n=3, cutoff=0.5)
-    question = f"did you mean {' or '.join(near)}? " if near else ""
-    return BaseModelError(
-        f"topology.lora.target_modules: no linear layer of the base is called {target}",
-        hint=f"{question}the base has {', '.join(known[:20])}",
-    )
+def _levels(anatomy: Anatomy, names: Collection[str], recipe: Recipe) -> dict[str, int]:
+    if recipe.topology.kind is Kind.LORA:
+        return anatomy.lora_levels(names, recipe.topology)
+    return anatomy.full_levels(recipe.topology, num_labels=recipe.task.num_labels)
 
 
 def read_config(base_dir: Path, task: TaskSettings) -> Any:
@@ -150,91 +108,173 @@ def _auto_class(task: TaskSettings) -> Any:
     return classes[task.kind]
 
 
-def _num_layers(model: Any, topology: Topology) -> int:
-    if topology.kind is not Kind.LORA:
-        raise UsageError(
-            f"topology.kind {topology.kind.value} is not trained by this version", hint='use "lora"'
-        )
-    num_layers = int(model.config.get_text_config().num_hidden_layers)
-    if len(topology.experts) > num_layers:
-        raise BaseModelError(
-            f"topology.experts has {len(topology.experts)} levels and the base has {num_layers} layers",
-            hint=f"use at most {num_layers} levels",
-        )
-    return num_layers
-
-
-def _level(name: str, *, num_layers: int, num_levels: int) -> int:
-    block = _BLOCK.search(name)
-    if block is None or not name.endswith((LORA_A, LORA_B)):
-        return num_levels - 1
-    return level_of_layer(int(block[1]), num_layers=num_layers, num_levels=num_levels)
-
-
 # -- adapters ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
 class _Adapters:
-    """The PEFT wrapper around a base, which holds adapters by name."""
+    """LoRA modules on a resident base: PEFT adapters by name, of which one is active; slots switch, none copies."""
 
-    wrapper: Any
+    def __init__(self, model: Any, anatomy: Anatomy) -> None:
+        self._model = model
+        self._anatomy = anatomy
+        self._wrapper: Any = None
+        self._names: set[str] = set()
+        self._slots: dict[str, tuple[Recipe, str]] = {}
+        """The run and the adapter of each named slot."""
+
+    def compose(
+        self, recipe: Recipe, tensors: Mapping[str, Float32Array], slot: str, rank: int
+    ) -> dict[str, nn.Parameter]:
+        """Put a path's factors into the slot's adapter; return its parameters."""
+        adapter = _adapter_name(recipe, slot, rank)
+        if adapter not in self._names:
+            self._drop_other(slot, adapter)
+            self.attach(recipe, adapter, rank)
+        self._wrapper.set_adapter(adapter)
+        parameters = self.parameters_of(adapter)
+        check_fit(tensors, parameters)
+        copy_into(tensors, parameters)
+        if slot:
+            self._slots[slot] = recipe, adapter
+        return parameters
+
+    def activate(self, recipe: Recipe, slot: str) -> dict[str, nn.Parameter]:
+        """Switch to a named slot; raises ValueError when it was not composed for this run."""
+        held, adapter = self._slots.get(slot, (None, ""))
+        if held != recipe:
+            raise ValueError(f"nothing of {recipe.run} was composed as {slot!r}")
+        self._wrapper.set_adapter(adapter)
+        return self.parameters_of(adapter)
+
+    def drop(self, slot: str) -> None:
+        """Remove a named slot's adapter."""
+        _, adapter = self._slots.pop(slot, (None, ""))
+        if adapter:
+            self._remove(adapter)
+
+    def trains(self, names: Collection[str]) -> None:
+        """Nothing to note: an adapter keeps what is trained in it."""
+
+    def bare_hidden(self, **inputs: Any) -> Tensor:
+        """The base model's last hidden state [B, T, d] with all adapters off."""
+        with self._disabled():
+            hidden: Tensor = self._model.base_model(**inputs).last_hidden_state
+        return hidden
+
+    def folded(self) -> Any:
+        """The model with the active adapter in its weights; nothing here works afterwards."""
+        return self._wrapper.merge_and_unload()
+
+    def attach(self, recipe: Recipe, adapter: str, rank: int = 0) -> None:
+        """Add an adapter for a run; raises BaseModelError where its targets are not found."""
+        from peft import get_peft_model
+
+        config = _lora_config(recipe, self._anatomy, rank)
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks transformers 5 by the attribute's old name.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            if self._wrapper is None:
+                self._wrapper = get_peft_model(self._model, config, adapter_name=adapter)
+            else:
+                self._wrapper.add_adapter(adapter, config)
+        self._names.add(adapter)
 
     def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters under Weft's names."""
         prefix = "base_model.model."
         found = {}
-        for name, parameter in self.wrapper.named_parameters():
+        for name, parameter in self._wrapper.named_parameters():
             if f".{adapter}." in name:
                 plain = name.removeprefix(prefix).replace(".modules_to_save", "").replace(f".{adapter}.", ".")
                 found[plain] = parameter
         return found
 
+    def _drop_other(self, slot: str, adapter: str) -> None:
+        if self._slots.get(slot, (None, adapter))[1] != adapter:
+            self.drop(slot)
 
-def _attach(
-    adapters: _Adapters | None, model: Any, anatomy: _Anatomy, recipe: Recipe
-) -> tuple[_Adapters, str]:
-    """Add the run's adapter beside those there are; return them and its name."""
-    from peft import LoraConfig, get_peft_model
+    def _remove(self, adapter: str) -> None:
+        with warnings.catch_warnings():
+            # It says which other adapter it makes the active one; the next use names its own.
+            warnings.filterwarnings("ignore", message="Adapter .* was active", category=UserWarning)
+            self._wrapper.delete_adapter(adapter)
+        self._names.discard(adapter)
+
+    @contextlib.contextmanager
+    def _disabled(self) -> Iterator[None]:
+        if not self._names:
+            yield
+            return
+        # Switching adapters on again gives gradients to all of the active one, whatever it had before.
+        before = [(parameter, parameter.requires_grad) for parameter in self._wrapper.parameters()]
+        try:
+            with self._wrapper.disable_adapter():
+                yield
+        finally:
+            for parameter, requires_grad in before:
+                parameter.requires_grad_(requires_grad)
+
+
+def _lora_config(recipe: Recipe, anatomy: Anatomy, rank: int) -> Any:
+    from peft import LoraConfig
 
     lora = recipe.topology.lora
     layers = anatomy.targets(lora.target_modules)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        use_rslora=lora.rslora,
+    narrow = 0 < rank < lora.rank
+    return LoraConfig(
+        r=rank if narrow else lora.rank,
+        # A narrow slice of the factors is scaled as the whole is: it is a part of the same B A.
+        lora_alpha=lora.scaling * rank if narrow else lora.alpha,
+        use_rslora=lora.rslora and not narrow,
         target_modules=list(lora.target_modules),
         modules_to_save=list(anatomy.heads) if recipe.task.num_labels else None,
         fan_in_fan_out=not any(isinstance(layer, nn.Linear) for layer in layers),
     )
-    adapter = _adapter_name(recipe)
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers 5 by the attribute's old name.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        if adapters is None:
-            return _Adapters(get_peft_model(model, config, adapter_name=adapter)), adapter
-        adapters.wrapper.add_adapter(adapter, config)
-        return adapters, adapter
 
 
-def _adapter_name(recipe: Recipe) -> str:
-    return "weft" + blake3(f"{recipe.topology.lora}\n{recipe.task}".encode()).hexdigest()[:12]
+def _adapter_name(recipe: Recipe, slot: str = "", rank: int = 0) -> str:
+    rank = min(rank or recipe.topology.lora.rank, recipe.topology.lora.rank)
+    # The unnamed slot is for whoever composes next: runs of equal shape take turns on one adapter.
+    owner = f"{recipe.run}\n{slot}" if slot else ""
+    text = f"{recipe.topology.lora}\n{recipe.task}\n{rank}\n{owner}"
+    return "weft" + blake3(text.encode()).hexdigest()[:12]
 
 
 # -- the resident base ---------------------------------------------------------------------------------------
 
 
 class ResidentBase:
-    """A frozen base in the device's memory, loaded once; ``compose`` puts a path's modules onto it."""
+    """A base in the device's memory, loaded once; ``compose`` puts a path's modules onto it.
 
-    def __init__(self, model: Any, tokenizer: Any, *, task: TaskSettings, device: torch.device) -> None:
+    For LoRA modules the weights stay frozen and each named slot is an adapter of its own that stays beside them.
+    For full modules the weights of the blocks are exchanged, so that a resident is of one kind. Slot names are
+    the caller's choice, unique on this base, for example ``RUN/path:2.3``.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        base_dir: Path,
+        task: TaskSettings,
+        kind: Kind,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
+        self.kind = kind
         self.device = device
-        self._anatomy = _anatomy(model)
-        self._adapters: _Adapters | None = None
-        self._names: set[str] = set()
+        self.dtype = dtype
+        self.anatomy = Anatomy.of(model)
+        self.turn = 0
+        """Counts what was put in; a ``Composed`` is valid in its own turn."""
+        self._modules = (
+            _Adapters(model, self.anatomy) if kind is Kind.LORA else Blocks(model, self.anatomy, base_dir)
+        )
+        self._active = ""
 
     @classmethod
     def load(
@@ -244,20 +284,22 @@ class ResidentBase:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        kind: Kind = Kind.LORA,
         quantise: Quantisation = "none",
     ) -> ResidentBase:
         """Load the base from local files.
 
         Args:
-            base_dir: A directory that ``check_base`` has passed.
+            base_dir: A directory that ``check_base`` has passed; full modules read it again later.
             task: Which head the model has.
             device: Where to.
-            dtype: Of the frozen weights, and of the arithmetic on a GPU; adapters stay float32.
-            quantise: ``4bit`` stores linear layers as NF4 through bitsandbytes, on CUDA.
+            dtype: Of the arithmetic on a GPU, and of frozen weights under LoRA; what is trained is float32.
+            kind: Of the modules that will be composed: full ones need the weights in float32.
+            quantise: ``4bit`` stores linear layers as NF4 through bitsandbytes, on CUDA, under LoRA.
 
         Raises:
             BaseModelError: Unsupported class or damaged files.
-            UsageError: 4-bit without CUDA or without bitsandbytes.
+            UsageError: 4-bit without CUDA, without bitsandbytes, or with full modules.
             OutOfMemory: The device is too small.
         """
         from safetensors import SafetensorError
@@ -266,14 +308,14 @@ class ResidentBase:
         config = read_config(base_dir, task)
         options: dict[str, Any] = {"device_map": {"": device}} if device.type == "cuda" else {}
         if quantise == "4bit":
-            options["quantization_config"] = _quantisation(device, dtype)
+            options["quantization_config"] = _quantisation(device, dtype, kind)
         try:
             with _quiet_transformers(), memory_errors("loading the base"):
                 tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
                 model, loading = _auto_class(task).from_pretrained(
                     base_dir,
                     config=config,
-                    dtype=dtype,
+                    dtype=torch.float32 if kind is Kind.FULL else dtype,
                     local_files_only=True,
                     output_loading_info=True,
                     **options,
@@ -281,40 +323,106 @@ class ResidentBase:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             cause = str(error).strip().splitlines()[0][:200]
             raise BaseModelError(f"transformers cannot load {base_dir}: {cause}", hint=_RELOAD) from error
-        _check_complete(loading["missing_keys"], _anatomy(model).heads if task.num_labels else ())
+        _check_complete(loading["missing_keys"], Anatomy.of(model).heads if task.num_labels else ())
         if device.type not in {"cuda", "cpu"}:
             model.to(device)
         if task.num_labels and model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
         # Dropout stays off: a task's result must be a function of its inputs, so that it can be checked.
         model.eval().requires_grad_(requires_grad=False)
-        return cls(model, tokenizer, task=task, device=device)
+        return cls(model, tokenizer, base_dir=base_dir, task=task, kind=kind, device=device, dtype=dtype)
 
-    def compose(self, recipe: Recipe, tensors: Mapping[str, Float32Array]) -> Composed:
+    def compose(
+        self, recipe: Recipe, tensors: Mapping[str, Float32Array], *, slot: str = "", rank: int = 0
+    ) -> Composed:
         """Put the modules of one path onto the base; a ``Composed`` made before is no longer valid.
 
         Args:
-            recipe: Of the run; its task must be the one that the base was loaded for.
-            tensors: All tensors of the path's modules, by Weft's names.
+            recipe: Of the run; its task and kind must be those that the base was loaded for.
+            tensors: All tensors of the path's modules, by Weft's names. A named slot of full modules keeps these
+                arrays: they must not change, and paths that share a module should be given the same arrays.
+            slot: Keeps the path for ``activate``; the unnamed slot lasts until something else is composed.
+            rank: Of the factors in ``tensors``, which then are those of ``Schema.at_rank``; 0 is the run's own.
 
         Raises:
-            BaseModelError: The base lacks target modules.
+            BaseModelError: The base lacks target modules or the grid does not divide its blocks.
             ValueError: Tensors missing, unknown or of the wrong shape.
         """
-        if recipe.task != self.task:
-            raise ValueError(f"the base was loaded for {self.task}, not for {recipe.task}")
-        num_layers = _num_layers(self.model, recipe.topology)
-        adapters, adapter = self._adapters, _adapter_name(recipe)
-        if adapters is None or adapter not in self._names:
-            adapters, adapter = _attach(adapters, self.model, self._anatomy, recipe)
-            self._adapters = adapters
-            self._names.add(adapter)
-        adapters.wrapper.set_adapter(adapter)
-        parameters = adapters.parameters_of(adapter)
-        _copy(tensors, parameters)
-        num_levels = len(recipe.topology.experts)
-        levels = {name: _level(name, num_layers=num_layers, num_levels=num_levels) for name in parameters}
-        return Composed(resident=self, wrapper=adapters.wrapper, parameters=parameters, levels=levels)
+        if (recipe.task, recipe.topology.kind) != (self.task, self.kind):
+            raise ValueError(
+                f"the base was loaded for {self.task}, {self.kind.value}, "
+                f"not for {recipe.task}, {recipe.topology.kind.value}"
+            )
+        self.turn += 1
+        parameters = self._modules.compose(recipe, tensors, slot, rank)
+        return self._composed(recipe, slot, parameters)
+
+    def activate(self, recipe: Recipe, slot: str) -> Composed:
+        """Go back to the path of a named slot, as it was left; a ``Composed`` made before is no longer valid.
+
+        LoRA modules are switched in place; of full ones, those are copied in that the path active now does not
+        share. Raises ValueError when nothing of the run was composed as ``slot``.
+        """
+        parameters = self._modules.activate(recipe, slot)
+        self.turn += 1
+        return self._composed(recipe, slot, parameters)
+
+    def drop(self, slot: str) -> None:
+        """Free what a named slot keeps; one that is not there is left at that."""
+        if slot and slot == self._active:
+            self.turn += 1
+            self._active = ""
+        self._modules.drop(slot)
+
+    def features(self, tokens: Int64Array, lengths: Int64Array) -> Float32Array:
+        """What routers see of documents: the mean of the base's last hidden state over their tokens.
+
+        It is the hidden state after the last block and the final norm (``last_hidden_state``), of the bare base:
+        whatever is composed is put aside and stays as it is. In float32 a row does not depend on its neighbours
+        or on padding, to 1e-5; under LoRA on a GPU it has the precision of the base's dtype there. After full
+        modules were composed, the first call reads the base's own blocks from its files and keeps them on the
+        device (DiPaCo, arXiv 2403.10616, section 7.2).
+
+        Args:
+            tokens: [B, T], padded at the end.
+            lengths: [B], tokens of each row, at least 1.
+
+        Returns:
+            float32 [B, d].
+
+        Raises:
+            ValueError: A row without tokens.
+            OutOfMemory: The device is too small.
+        """
+        if lengths.min(initial=1) < 1 or lengths.max(initial=0) > tokens.shape[1]:
+            raise ValueError(f"lengths are {lengths.min()} to {lengths.max()}, not 1 to {tokens.shape[1]}")
+        mask = torch.from_numpy(np.arange(tokens.shape[1]) < lengths[:, None]).to(self.device)
+        inputs = torch.from_numpy(tokens).to(self.device)
+        with torch.no_grad(), memory_errors("computing features"), self.arithmetic(bare=True):
+            hidden = self._modules.bare_hidden(input_ids=inputs, attention_mask=mask.long(), use_cache=False)
+        valid = hidden.float().masked_fill(~mask[..., None], 0)
+        return to_numpy(valid.sum(1) / mask.sum(1, keepdim=True))
+
+    def arithmetic(self, *, bare: bool = False) -> torch.autocast:
+        """The context in which the model computes: on a GPU in ``dtype``, also where weights are float32.
+
+        The bare base under full modules computes in float32, as its weights are.
+        """
+        below = self.dtype != torch.float32 and not (bare and self.kind is Kind.FULL)
+        return torch.autocast(self.device.type, self.dtype, enabled=below)
+
+    def trains(self, names: Collection[str]) -> None:
+        """Hear which parameters of the active path are about to be trained."""
+        self._modules.trains(names)
+
+    def folded(self) -> Any:
+        """The model with the active path in its weights; the resident is used up."""
+        return self._modules.folded()
+
+    def _composed(self, recipe: Recipe, slot: str, parameters: Mapping[str, nn.Parameter]) -> Composed:
+        self._active = slot
+        levels = _levels(self.anatomy, parameters, recipe)
+        return Composed(resident=self, turn=self.turn, parameters=parameters, levels=levels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,8 +431,8 @@ class Composed:
 
     resident: ResidentBase
     """Where the model lives."""
-    wrapper: Any
-    """PEFT's model."""
+    turn: int
+    """The resident's when this was made; in a later turn another path is in its place."""
     parameters: Mapping[str, nn.Parameter]
     """The modules' parameters by Weft's names; float32, on the device."""
     levels: Mapping[str, int]
@@ -332,6 +440,7 @@ class Composed:
 
     def trainable(self, keys: Collection[ModuleKey]) -> dict[ModuleKey, dict[str, nn.Parameter]]:
         """Parameters of the modules ``keys``, which get gradients; all others get none."""
+        self._check_turn()
         level_keys = {key.level: key for key in keys}
         chosen: dict[ModuleKey, dict[str, nn.Parameter]] = {key: {} for key in keys}
         for name, parameter in self.parameters.items():
@@ -340,10 +449,12 @@ class Composed:
             parameter.grad = None
             if key is not None:
                 chosen[key][name] = parameter
+        self.resident.trains([name for module in chosen.values() for name in module])
         return chosen
 
     def tensors(self) -> dict[str, Float32Array]:
         """Copies of all parameters."""
+        self._check_turn()
         return {name: to_numpy(parameter) for name, parameter in self.parameters.items()}
 
     def losses(self, batch: Batch) -> Tensor:
@@ -356,7 +467,11 @@ class Composed:
         return losses.view(len(batch.labels), -1).sum(1)
 
     def logits(self, batch: Batch) -> Tensor:
-        """[B, T, V] for causal language modelling, [B, labels] for classification."""
+        """[B, T, V] for causal language modelling, [B, labels] for classification.
+
+        Raises ValueError when another path was composed or activated since.
+        """
+        self._check_turn()
         device = self.resident.device
         tokens = torch.from_numpy(batch.tokens).to(device, non_blocking=True)
         options: dict[str, Any] = {"use_cache": False}
@@ -364,25 +479,46 @@ class Composed:
             positions = np.arange(batch.tokens.shape[1])
             mask = (positions < batch.lengths[:, None]).astype(np.int64)
             options = {"attention_mask": torch.from_numpy(mask).to(device)}
-        # Only a GPU base is stored below float32, and there its arithmetic is wanted for the adapters too.
-        dtype = self.resident.model.dtype
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with self.resident.arithmetic():
             logits: Tensor = self.resident.model(input_ids=tokens, **options).logits
         return logits
 
+    def _check_turn(self) -> None:
+        if self.turn != self.resident.turn:
+            raise ValueError("another path was put onto the base since; activate this one again")
+
 
 def save_merged(to: Path, base_dir: Path, recipe: Recipe, tensors: Mapping[str, Float32Array]) -> None:
-    """Save config.json and weights of the base with a path folded in; merged in float32, stored as the base is.
+    """Save config.json and weights of the base with a path in them, made in float32, stored as the base is.
+
+    LoRA factors are folded into the weights that they adapt; full modules take the place of the base's own.
 
     Raises:
         BaseModelError: The base cannot be loaded.
         OutOfMemory: The base in float32 does not fit into the host's memory.
     """
     stored = read_config(base_dir, recipe.task).dtype or torch.float32
-    resident = ResidentBase.load(base_dir, recipe.task, device=torch.device("cpu"), dtype=torch.float32)
+    resident = ResidentBase.load(
+        base_dir, recipe.task, device=torch.device("cpu"), dtype=torch.float32, kind=recipe.topology.kind
+    )
+    resident.compose(recipe, tensors)
     with memory_errors("merging"), _quiet_transformers():
-        merged = resident.compose(recipe, tensors).wrapper.merge_and_unload()
-        merged.to(stored).save_pretrained(to)
+        resident.folded().to(stored).save_pretrained(to)
+
+
+def untrained_parameters(directory: Path) -> dict[str, Float32Array]:
+    """Parameters of a causal language model as transformers starts them, by name.
+
+    Needs config.json alone. Matrices are drawn from torch's generator, which is left as it was.
+
+    Raises:
+        BaseModelError: transformers has no class for the configuration.
+        OutOfMemory: The model in float32 does not fit into the host's memory.
+    """
+    config = read_config(directory, TaskSettings())
+    with torch.random.fork_rng(devices=[]), memory_errors("making a base"):
+        model = _auto_class(TaskSettings()).from_config(config, dtype=torch.float32)
+        return {name: to_numpy(parameter) for name, parameter in model.named_parameters()}
 
 
 def to_numpy(tensor: Tensor) -> Float32Array:
@@ -404,18 +540,6 @@ def memory_errors(doing: str) -> Iterator[None]:
         raise
 
 
-def _copy(tensors: Mapping[str, Float32Array], parameters: Mapping[str, nn.Parameter]) -> None:
-    if tensors.keys() != parameters.keys():
-        odd = sorted(tensors.keys() ^ parameters.keys())
-        raise ValueError(f"{len(odd)} tensors are missing or unknown, for example {odd[0]}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(f"{name} has shape {tensors[name].shape}, not {tuple(parameter.shape)}")
-            # A copy first: arrays that are views of a mapped file are read-only, which torch warns of.
-            parameter.copy_(torch.from_numpy(np.array(tensors[name], np.float32)))
-
-
 def _check_complete(missing: Collection[str], heads: tuple[str, ...]) -> None:
     """Refuse files without some of the weights: transformers would draw these at random on each machine."""
     new = tuple(f"{name}." for name in heads)
@@ -423,9 +547,14 @@ def _check_complete(missing: Collection[str], heads: tuple[str, ...]) -> None:
         raise BaseModelError(f"the base's files lack {absent[0]}", hint=_RELOAD)
 
 
-def _quantisation(device: torch.device, dtype: torch.dtype) -> Any:
+def _quantisation(device: torch.device, dtype: torch.dtype, kind: Kind) -> Any:
     from importlib.util import find_spec
 
+    if kind is Kind.FULL:
+        raise UsageError(
+            "--quantise 4bit stores weights that cannot be trained, and this run trains full modules",
+            hint='leave --quantise out, or use a run with topology.kind = "lora"',
+        )
     if device.type != "cuda":
         raise UsageError(
             f"--quantise 4bit needs CUDA and the device is {device.type}", hint="leave --quantise out"

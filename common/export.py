@@ -1,4 +1,4 @@
-"""Directories that other programs open: a PEFT adapter, or a whole Hugging Face model.
+"""Directories that other programs open: a PEFT adapter, a whole Hugging Face model, or a new base.
 
 An export appears at its place complete or not at all: it is written beside the target under a temporary name and
 renamed. The adapter needs neither torch nor ``peft`` to be written.
@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from weft.common.base import base_file_names
-from weft.common.errors import DiskFull, StorageError, UsageError
-from weft.common.modules import LORA_A, LORA_B
-from weft.common.recipe import Recipe, TaskKind
-from weft.common.tensors import write_tensors
+from weft.common.base import CONFIG, TOKENIZER_FILES, WEIGHTS, base_file_names
+from weft.common.errors import BaseModelError, DiskFull, StorageError, UsageError
+from weft.common.initial import normal_tensor
+from weft.common.modules import LORA_A, LORA_B, Kind, TensorSpec
+from weft.common.recipe import Recipe, TaskKind, TaskSettings
+from weft.common.tensors import Bf16, TensorData, float32_to_bf16, write_tensors
 
 Float32Array = npt.NDArray[np.float32]
 _PREFIX = "base_model.model."
@@ -49,9 +50,14 @@ def write_peft(
         extra_files: More files by plain name, such as the signed manifest.
 
     Raises:
-        UsageError: ``to`` is not empty.
+        UsageError: ``to`` is not empty, or the run's modules are full weights, which no adapter holds.
         StorageError: It cannot be written; nothing is left.
     """
+    if recipe.topology.kind is Kind.FULL:
+        raise UsageError(
+            f"the modules of {recipe.run} are full weights, which a PEFT adapter cannot hold",
+            hint="add --as hf for a Hugging Face model directory",
+        )
     with _fresh_directory(to) as directory:
         config = _adapter_config(recipe, tensors, base_name)
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -69,10 +75,11 @@ def write_hf(
     card: str,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the base with the path merged into its weights: a directory that ``from_pretrained`` loads.
+    """Write the base with the path in its weights: a directory that ``from_pretrained`` loads.
 
-    Merging is done in float32; the weights are then stored in the base's own dtype. Arguments and errors are
-    those of ``write_peft``; BaseModelError when the base cannot be loaded.
+    LoRA factors are merged in float32, full modules replace the base's blocks; the weights are then stored in the
+    base's own dtype. Arguments and errors are those of ``write_peft``; BaseModelError when the base cannot be
+    loaded.
     """
     from weft.common.composition import save_merged
 
@@ -82,6 +89,62 @@ def write_hf(
             if name not in ("config.json", "generation_config.json") and ".safetensors" not in name:
                 shutil.copyfile(base_dir / name, directory / name)
         _write_around(directory, card, extra_files)
+
+
+def create_base(source: Path, to: Path, *, seed: int) -> None:
+    """Make a base without pretrained weights: what to train from scratch, with kind full.
+
+    Matrices are normal with the configuration's ``initializer_range``, each from a stream of its own
+    (``weft.common.initial``); vectors (norms, biases) start where transformers starts them, which is one number
+    each. The same configuration, seed and tensor names give the same bytes on every machine.
+
+    Args:
+        source: A directory with config.json and a tokenizer; weights there are not looked at.
+        to: A directory that does not exist or is empty; it gets them too.
+        seed: Of the weights.
+
+    Raises:
+        BaseModelError: No configuration or tokenizer, or a model that cannot be started like this.
+        OutOfMemory: The model in float32 does not fit into the host's memory, twice.
+        UsageError: ``to`` is not empty.
+        StorageError: It cannot be written; nothing is left.
+    """
+    from weft.common.composition import read_config, untrained_parameters
+
+    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+        raise BaseModelError(
+            f"{source} has no tokenizer",
+            hint="copy tokenizer.json and tokenizer_config.json beside config.json",
+        )
+    config, parameters = read_config(source, TaskSettings()), untrained_parameters(source)
+    std = float(getattr(config.get_text_config(), "initializer_range", 0.02))
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    with _fresh_directory(to) as directory:
+        for name in sorted(TOKENIZER_FILES | {CONFIG, "generation_config.json"}):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, directory / name)
+        weights = {
+            name: _stored(_starting(name, array, seed=seed, std=std), dtype)
+            for name, array in parameters.items()
+        }
+        write_tensors(directory / WEIGHTS, weights, {"format": "pt"})
+
+
+def _starting(name: str, drawn: Float32Array, *, seed: int, std: float) -> Float32Array:
+    if drawn.ndim >= 2:
+        return normal_tensor(TensorSpec(name, "F32", drawn.shape), seed=seed, std=std)
+    if drawn.size and (drawn != drawn.flat[0]).any():
+        raise BaseModelError(
+            f"{name} does not start at one number, which is all that is known here",
+            hint="save a model of this configuration with save_pretrained and use it as the base",
+        )
+    return drawn
+
+
+def _stored(values: Float32Array, dtype: str) -> TensorData:
+    if dtype == "bfloat16":
+        return Bf16(float32_to_bf16(values))
+    return values.astype(np.float16) if dtype == "float16" else values
 
 
 def model_card(

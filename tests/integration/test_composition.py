@@ -11,9 +11,9 @@ from tests.tiny import TEXT, tiny_recipe, write_tiny_base
 from weft.common.composition import Composed, ResidentBase, describe
 from weft.common.errors import BaseModelError, DataError, OutOfMemory, UsageError
 from weft.common.evaluation import evaluate, load_heldout
-from weft.common.ids import ModuleKey
+from weft.common.ids import ModuleKey, run_id
 from weft.common.initial import initial_tensors
-from weft.common.modules import Kind, LoraSettings, Schema, Topology
+from weft.common.modules import LoraSettings, Schema, Topology
 from weft.common.recipe import Recipe, TaskKind, TaskSettings
 from weft.common.sequences import Batch
 
@@ -52,6 +52,13 @@ def logits(composed: Composed) -> np.ndarray:
         return composed.logits(BATCH).numpy()
 
 
+def plain_logits(base: Path) -> np.ndarray:
+    model = ResidentBase.load(base, TaskSettings(), device=CPU, dtype=torch.float32).model
+    with torch.inference_mode():
+        found: np.ndarray = model(torch.from_numpy(BATCH.tokens)).logits.numpy()
+    return found
+
+
 # -- description -----------------------------------------------------------------------------------------------
 
 
@@ -64,7 +71,8 @@ def test_one_level_holds_the_adapters_of_all_layers(base: Path) -> None:
 
 
 def test_levels_split_the_layers_and_experts_share_a_schema(base: Path) -> None:
-    schemas = describe(base, tiny_recipe(base, experts=(1, 2, 1)))
+    recipe = replace(tiny_recipe(base), topology=Topology(experts=(1, 2, 1), layers=(2, 1, 1)))
+    schemas = describe(base, recipe)
     assert [str(key) for key in schemas] == ["0.0", "1.0", "1.1", "2.0"]
     assert schemas[ModuleKey(1, 0)] == schemas[ModuleKey(1, 1)]
     layers = [
@@ -108,15 +116,20 @@ def test_targets_that_cannot_carry_an_adapter(
     assert hint in caught.value.hint
 
 
-def test_more_levels_than_layers_are_refused(base: Path) -> None:
-    with pytest.raises(BaseModelError, match="5 levels and the base has 4 layers"):
-        describe(base, tiny_recipe(base, experts=(1,) * 5))
-
-
-def test_full_modules_are_not_trained_by_this_version(base: Path) -> None:
-    recipe = replace(tiny_recipe(base), topology=Topology(kind=Kind.FULL))
-    with pytest.raises(UsageError, match=r"topology\.kind full"):
-        describe(base, recipe)
+@pytest.mark.parametrize(
+    ("experts", "cause", "hint"),
+    [
+        ((1,) * 5, "5 levels, which do not divide the base's 4 layers", "at most 4 levels"),
+        ((1,) * 3, "3 levels, which do not divide the base's 4 layers", "topology.layers = "),
+    ],
+    ids=["too-many", "uneven"],
+)
+def test_a_grid_that_does_not_divide_the_layers_is_refused(
+    base: Path, experts: tuple[int, ...], cause: str, hint: str
+) -> None:
+    with pytest.raises(BaseModelError, match=cause) as caught:
+        describe(base, tiny_recipe(base, experts=experts))
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -156,9 +169,7 @@ def test_initial_tensors_change_nothing_and_are_equal_everywhere(base: Path, res
     assert np.abs(tensors[first]).max() <= 1 / np.sqrt(fan_in)
     assert tensors[first].std() == pytest.approx(1 / np.sqrt(3 * fan_in), rel=0.15)
     composed = logits(resident.compose(recipe, tensors))
-    plain = ResidentBase.load(base, TaskSettings(), device=CPU, dtype=torch.float32).model
-    with torch.inference_mode():
-        np.testing.assert_array_equal(composed, plain(torch.from_numpy(BATCH.tokens)).logits.numpy())
+    np.testing.assert_array_equal(composed, plain_logits(base))
 
 
 def test_a_head_starts_small_and_its_bias_at_zero() -> None:
@@ -303,6 +314,136 @@ def test_a_device_out_of_memory_is_told_apart_from_bugs(text: str) -> None:
         raise RuntimeError(text)
     with pytest.raises(RuntimeError, match="shapes"), memory_errors("training"):
         raise RuntimeError("shapes cannot be multiplied")
+
+
+# -- ranks, slots, features ------------------------------------------------------------------------------------
+
+
+def at_rank(tensors: dict[str, np.ndarray], rank: int, *, padded: bool = False) -> dict[str, np.ndarray]:
+    """The leading ``rank`` components of every pair of factors; the others zero or cut off."""
+    cut = {}
+    for name, array in tensors.items():
+        kept = array.copy() if padded else array
+        if name.endswith(".lora_A.weight"):
+            kept = kept * (np.arange(len(kept)) < rank)[:, None] if padded else kept[:rank]
+        elif name.endswith(".lora_B.weight"):
+            kept = kept * (np.arange(kept.shape[1]) < rank) if padded else kept[:, :rank]
+        cut[name] = kept.astype(np.float32)
+    return cut
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, 4, 9])
+def test_a_narrow_rank_means_what_the_whole_rank_with_zeros_means(
+    base: Path, resident: ResidentBase, rank: int, rslora: bool
+) -> None:
+    recipe = tiny_recipe(base, lora=LoraSettings(rank=4, alpha=6.0, rslora=rslora))
+    tensors = random_tensors(base, recipe)
+    narrow = at_rank(tensors, rank)
+    schema = next(iter(describe(base, recipe).values())).at_rank(rank)
+    assert {spec.name: spec.shape for spec in schema.tensors} == {n: a.shape for n, a in narrow.items()}
+    composed = resident.compose(recipe, narrow, rank=rank)
+    assert {name: parameter.shape for name, parameter in composed.parameters.items()} == {
+        name: array.shape for name, array in narrow.items()
+    }
+    expected = logits(resident.compose(recipe, at_rank(tensors, rank, padded=True)))
+    np.testing.assert_allclose(
+        logits(resident.compose(recipe, narrow, rank=rank)), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_slots_keep_their_paths_and_switch_without_loading(base: Path, resident: ResidentBase) -> None:
+    recipe = tiny_recipe(base)
+    left, right = random_tensors(base, recipe, seed=1), random_tensors(base, recipe, seed=2)
+    seen = [
+        logits(resident.compose(recipe, tensors, slot=slot))
+        for slot, tensors in (("left", left), ("right", right))
+    ]
+    logits(resident.compose(recipe, random_tensors(base, recipe, seed=3)))
+    held = {name: p.data_ptr() for name, p in resident.activate(recipe, "left").parameters.items()}
+    np.testing.assert_array_equal(logits(resident.activate(recipe, "right")), seen[1])
+    again = resident.activate(recipe, "left")
+    np.testing.assert_array_equal(logits(again), seen[0])
+    assert {name: p.data_ptr() for name, p in again.parameters.items()} == held
+
+
+def test_a_slot_is_replaced_by_what_is_composed_into_it(base: Path, resident: ResidentBase) -> None:
+    recipe = tiny_recipe(base)
+    tensors = random_tensors(base, recipe)
+    resident.compose(recipe, tensors, slot="path")
+    other = replace(recipe, run=run_id("other"))
+    resident.compose(other, at_rank(tensors, 2), slot="path", rank=2)
+    with pytest.raises(ValueError, match="nothing of tiny was composed as 'path'"):
+        resident.activate(recipe, "path")
+    assert resident.activate(other, "path").tensors().keys() == tensors.keys()
+    adapters = {n.split(".")[-2] for n, _ in resident.model.named_parameters() if "lora_A" in n}
+    assert len(adapters) == 1
+
+
+def test_dropped_slots_are_gone_and_others_stay(base: Path, resident: ResidentBase) -> None:
+    recipe = tiny_recipe(base)
+    for slot in ("one", "two"):
+        resident.compose(recipe, random_tensors(base, recipe, seed=len(slot)), slot=slot)
+    resident.drop("two")
+    with pytest.raises(ValueError, match="nothing of tiny was composed as 'two'"):
+        resident.activate(recipe, "two")
+    one = logits(resident.activate(recipe, "one"))
+    resident.drop("one")
+    resident.drop("never there")
+    assert not [name for name, _ in resident.model.named_parameters() if "lora" in name]
+    again = resident.compose(recipe, random_tensors(base, recipe, seed=3), slot="one")
+    np.testing.assert_array_equal(logits(again), one)
+
+
+def test_a_path_that_is_no_longer_on_the_base_says_so(base: Path, resident: ResidentBase) -> None:
+    recipe = tiny_recipe(base)
+    first = resident.compose(recipe, random_tensors(base, recipe), slot="first")
+    resident.compose(recipe, random_tensors(base, recipe), slot="second")
+    for use in (lambda: first.logits(BATCH), first.tensors, lambda: first.trainable([ModuleKey(0, 0)])):
+        with pytest.raises(ValueError, match="another path was put onto the base"):
+            use()
+    second = resident.activate(recipe, "second")
+    resident.drop("second")
+    with pytest.raises(ValueError, match="another path was put onto the base"):
+        second.tensors()
+
+
+def test_features_are_means_of_the_bare_bases_last_hidden_state(base: Path, resident: ResidentBase) -> None:
+    recipe = tiny_recipe(base, experts=(1, 1))
+    lengths = np.array([12, 5])
+    with torch.inference_mode():
+        hidden = resident.model.model(torch.from_numpy(BATCH.tokens)).last_hidden_state.numpy()
+    expected = np.stack([hidden[row, :length].mean(0) for row, length in enumerate(lengths)])
+    bare = resident.features(BATCH.tokens, lengths)
+    assert bare.dtype == np.float32
+    assert bare.shape == (2, 32)
+    np.testing.assert_allclose(bare, expected, atol=1e-6)
+    composed = resident.compose(recipe, random_tensors(base, recipe), slot="path")
+    composed.trainable([ModuleKey(1, 0)])
+    trained = {name: parameter.requires_grad for name, parameter in composed.parameters.items()}
+    before = logits(composed)
+    np.testing.assert_array_equal(resident.features(BATCH.tokens, lengths), bare)
+    np.testing.assert_array_equal(logits(composed), before)
+    assert {name: parameter.requires_grad for name, parameter in composed.parameters.items()} == trained
+    resident.compose(recipe, random_tensors(base, recipe, seed=1))
+    resident.activate(recipe, "path")
+    resident.drop("path")
+    np.testing.assert_array_equal(resident.features(BATCH.tokens, lengths), bare)
+
+
+def test_features_do_not_depend_on_neighbours_or_padding(resident: ResidentBase) -> None:
+    tokens = np.random.default_rng(0).integers(0, 300, (7, 32))
+    lengths = np.array([32, 1, 17, 32, 5, 31, 2])
+    together = resident.features(tokens, lengths)
+    for row, length in enumerate(lengths):
+        alone = resident.features(tokens[row : row + 1, :length], lengths[row : row + 1])
+        np.testing.assert_allclose(alone[0], together[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[12, 0], [12, 13]])
+def test_features_need_tokens(resident: ResidentBase, lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="lengths are"):
+        resident.features(BATCH.tokens, np.array(lengths))
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------

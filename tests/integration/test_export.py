@@ -2,22 +2,27 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.tiny import tiny_recipe, write_tiny_base
+from tests.tiny import tiny_recipe, tiny_tokenizer, write_tiny_base
 
 from weft.common import export
+from weft.common.base import pin_base
 from weft.common.composition import ResidentBase, describe
-from weft.common.errors import DiskFull, StorageError, UsageError
-from weft.common.export import model_card, write_hf, write_peft
+from weft.common.errors import BaseModelError, DiskFull, StorageError, UsageError
+from weft.common.export import create_base, model_card, write_hf, write_peft
 from weft.common.ids import ModuleKey
-from weft.common.modules import LoraSettings
+from weft.common.initial import initial_module
+from weft.common.modules import Kind, LoraSettings, Outside, Topology
 from weft.common.recipe import Recipe, TaskKind, TaskSettings
 from weft.common.sequences import Batch
+from weft.common.tensors import FOREIGN, TensorFile, read_header
 
 CPU = torch.device("cpu")
 LABELLED = TaskSettings(kind=TaskKind.SEQUENCE_CLASSIFICATION, num_labels=3)
@@ -39,7 +44,9 @@ def make_run(base: Path, task: TaskSettings) -> tuple[Recipe, Tensors]:
 
 
 def composed_logits(base: Path, recipe: Recipe, tensors: Tensors) -> np.ndarray:
-    resident = ResidentBase.load(base, recipe.task, device=CPU, dtype=torch.float32)
+    resident = ResidentBase.load(
+        base, recipe.task, device=CPU, dtype=torch.float32, kind=recipe.topology.kind
+    )
     labels = TOKENS if recipe.task.kind is TaskKind.CAUSAL_LM else np.zeros(2, np.int64)
     batch = Batch(tokens=TOKENS, labels=labels, lengths=np.array([12, 12]))
     with torch.inference_mode():
@@ -102,6 +109,132 @@ def test_the_merged_model_has_equal_logits_and_its_tokenizer(
     np.testing.assert_allclose(logits_of(load(tmp_path / "model", task)), expected, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("over").input_ids
     assert str(base) not in (tmp_path / "model" / "config.json").read_text()
+
+
+def full(recipe: Recipe, outside: Outside) -> Recipe:
+    return replace(recipe, topology=Topology(kind=Kind.FULL, experts=(2, 2), outside=outside))
+
+
+def path_of(base: Path, recipe: Recipe, scale: float) -> Tensors:
+    """Version 0 of path 1.0, moved at random."""
+    schemas = describe(base, recipe)
+    rng = np.random.default_rng(0)
+    return {
+        name: (array + rng.normal(0, scale, array.shape)).astype(np.float32)
+        for key in (ModuleKey(0, 1), ModuleKey(1, 0))
+        for name, array in initial_module(base, recipe, schemas, key).items()
+    }
+
+
+@pytest.mark.parametrize("task", [TaskSettings(), LABELLED], ids=["causal", "classification"])
+@pytest.mark.parametrize("outside", list(Outside))
+def test_a_path_of_full_modules_is_a_model_with_equal_logits(
+    base: Path, tmp_path: Path, task: TaskSettings, outside: Outside
+) -> None:
+    from transformers import AutoTokenizer
+
+    recipe = full(tiny_recipe(base, task=task), outside)
+    tensors = path_of(base, recipe, 0.05)
+    write_hf(tmp_path / "model", base, recipe, tensors, card="# it", extra_files={"weft.json": b"{}"})
+    expected = composed_logits(base, recipe, tensors)
+    np.testing.assert_allclose(logits_of(load(tmp_path / "model", task)), expected, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("over").input_ids
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "weft.json"} <= names
+    assert not (tmp_path / "model" / "adapter_config.json").exists()
+
+
+def test_a_full_path_is_stored_in_the_bases_own_dtype(base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(half)
+    shutil.copyfile(base / "tokenizer.json", half / "tokenizer.json")
+    shutil.copyfile(base / "tokenizer_config.json", half / "tokenizer_config.json")
+    recipe = full(tiny_recipe(half), Outside.FROZEN)
+    write_hf(tmp_path / "model", half, recipe, path_of(half, recipe, 0.0), card="# it")
+    before, after = (
+        TensorFile(directory / "model.safetensors", FOREIGN) for directory in (half, tmp_path / "model")
+    )
+    assert before.header.entries.keys() == after.header.entries.keys()
+    for name, entry in after.header.entries.items():
+        assert entry.spec.dtype == "BF16"
+        np.testing.assert_array_equal(after.array(name), before.array(name))
+
+
+def test_full_modules_are_no_adapter(base: Path, tmp_path: Path) -> None:
+    recipe = full(tiny_recipe(base), Outside.FROZEN)
+    with pytest.raises(UsageError, match="full weights, which a PEFT adapter cannot hold") as caught:
+        write_peft(tmp_path / "adapter", recipe, path_of(base, recipe, 0.0), card="", base_name="b")
+    assert "--as hf" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- a base from a configuration -------------------------------------------------------------------------------
+
+
+def write_source(to: Path, architecture: str = "llama", **options: Any) -> Path:
+    """A configuration and a tokenizer, no weights."""
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 300}
+    if architecture != "gpt2":
+        sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8}
+    ends = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    AutoConfig.for_model(architecture, **sizes, **ends, **options).save_pretrained(to)
+    tiny_tokenizer().save_pretrained(to)
+    return to
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "gemma"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_base_is_made_from_a_configuration(tmp_path: Path, architecture: str, tied: bool) -> None:
+    source = write_source(tmp_path / "source", architecture, tie_word_embeddings=tied, initializer_range=0.1)
+    create_base(source, tmp_path / "base", seed=1)
+    pin = pin_base(tmp_path / "base")
+    assert {file.name for file in pin.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    resident = ResidentBase.load(tmp_path / "base", TaskSettings(), device=CPU, dtype=torch.float32)
+    parameters = dict(resident.model.named_parameters())
+    embedding = resident.model.get_input_embeddings().weight
+    assert float(embedding.std()) == pytest.approx(0.1, rel=0.05)
+    assert float(embedding.mean()) == pytest.approx(0, abs=0.01)
+    vectors = {name: set(p.flatten().tolist()) for name, p in parameters.items() if p.ndim == 1}
+    ones = {0.0} if architecture == "gemma" else {1.0}  # Gemma's norms multiply by one plus their weight
+    assert all(values == ({0.0} if name.endswith("bias") else ones) for name, values in vectors.items())
+
+
+def test_equal_seeds_make_equal_bytes_whatever_torchs_generator(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    pins: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        for name, seed in (("one", 3), ("two", 3), ("three", 4)):
+            before = torch.random.get_rng_state()
+            create_base(source, tmp_path / name, seed=seed)
+            assert torch.equal(torch.random.get_rng_state(), before)
+            torch.manual_seed(len(pins))
+            pins.append(pin_base(tmp_path / name).digest)
+    assert pins[0] == pins[1] != pins[2]
+
+
+def test_weights_are_stored_as_the_configuration_says(tmp_path: Path) -> None:
+    create_base(write_source(tmp_path / "source", dtype="bfloat16"), tmp_path / "base", seed=0)
+    header = read_header(tmp_path / "base" / "model.safetensors", FOREIGN)
+    assert {spec.dtype for spec in header.specs} == {"BF16"}
+
+
+def test_a_source_without_a_tokenizer_or_configuration_is_refused(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    (source / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(BaseModelError, match=r"config\.json"):
+        create_base(source, tmp_path / "base", seed=0)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "config.json").rename(tmp_path / "bare" / "config.json")
+    with pytest.raises(BaseModelError, match="has no tokenizer"):
+        create_base(tmp_path / "bare", tmp_path / "base", seed=0)
+    assert not (tmp_path / "base").exists()
+
+
+# -- what all of them share ------------------------------------------------------------------------------------
 
 
 def test_a_place_that_is_taken_is_refused_and_untouched(base: Path, tmp_path: Path) -> None:

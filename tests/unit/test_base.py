@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from weft.common.base import check_base, num_base_parameters, pin_base, resolve_source
+from weft.common.base import base_tensors, check_base, num_base_parameters, pin_base, resolve_source
 from weft.common.errors import BaseModelError
+from weft.common.modules import TensorSpec
 from weft.common.recipe import BasePin
-from weft.common.tensors import write_tensors
+from weft.common.tensors import Bf16, float32_to_bf16, to_float32, write_tensors
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,6 +50,24 @@ def test_sharded_weights_follow_the_index(tmp_path: Path) -> None:
     assert "model-00001-of-00001.safetensors" in names
     assert "consolidated.safetensors" not in names
     assert num_base_parameters(base) == 15
+
+
+def test_tensors_are_read_from_whichever_file_holds_them_as_float32(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    values = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    bits = float32_to_bf16(values)
+    write_tensors(base / "one.safetensors", {"model.a": Bf16(bits), "model.b": values.astype(np.float16)})
+    write_tensors(base / "two.safetensors", {"c": values})
+    where = {"model.a": "one.safetensors", "model.b": "one.safetensors", "c": "two.safetensors"}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    found = base_tensors(base, [TensorSpec(name, "F32", (3, 5)) for name in ("model.a", "model.c")])
+    assert found.keys() == {"model.a", "model.c"}
+    np.testing.assert_array_equal(found["model.a"], to_float32(bits, "BF16"))
+    np.testing.assert_array_equal(found["model.c"], values)
+    assert all(array.dtype == np.float32 and array.flags.owndata for array in found.values())
+    half = base_tensors(base, [TensorSpec("model.b", "F32", (3, 5))])["model.b"]
+    np.testing.assert_array_equal(half, values.astype(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "model.bin"])
