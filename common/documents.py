@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from blake3 import blake3
+
 from weft.common.errors import DataError
 from weft.common.sequences import Row
 
+_HELDOUT: Final = b"weft held-out documents 1\n"
 _SAVED_DATASET: Final = frozenset({"dataset_info.json", "dataset_dict.json"})
 
 
@@ -38,6 +41,17 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from _read_directory(path)
 
 
+def is_heldout(row: Row, share: float, *, purpose: str = "validation") -> bool:
+    """Whether a document belongs to the ``share`` that is held out: the same wherever and whenever it is read.
+
+    It follows from the digest of its columns, so that a document that lies in several shards is learnt in none or
+    all of them, and whoever holds a copy holds out the same ones. Purposes choose independently of each other.
+    """
+    columns = json.dumps(dict(row.columns), sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+    digest = blake3(_HELDOUT + purpose.encode() + b"\n" + columns).digest(8)
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
 def _read_directory(directory: Path) -> Iterator[Row]:
     files = sorted(path for path in directory.rglob("*") if path.suffix in READERS and path.is_file())
     if not files:
@@ -55,7 +69,7 @@ def _read_text(path: Path) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
@@ -66,6 +80,15 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         if not isinstance(columns, dict):
             raise DataError(f"{where} is not a JSON object", hint='write {"text": "…"}')
         yield Row(columns, where)
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
+    """Lines as they are read, since a corpus need not fit into memory."""
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -108,7 +131,11 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", hint="check its permissions") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot read {path}: {error.strerror}", hint="check its permissions")
 
 
 def _decode(path: Path, data: bytes) -> str:

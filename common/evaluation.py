@@ -8,9 +8,9 @@ show. Shapes: N sequences.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path as FilePath
 from statistics import NormalDist
 from typing import Final
 
@@ -18,11 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from weft.common.composition import Composed, memory_errors
+from weft.common.composition import Composed, ResidentBase, memory_errors
 from weft.common.documents import read_rows
 from weft.common.errors import DataError
+from weft.common.ids import Path
 from weft.common.recipe import Recipe, TaskKind
-from weft.common.sequences import IGNORED, Sequences, Tokenizer, causal_sequences, classification_sequences
+from weft.common.routing import Router, route_documents
+from weft.common.sequences import (
+    IGNORED,
+    Row,
+    Sequences,
+    Tokenizer,
+    causal_sequences,
+    classification_sequences,
+)
 
 Float64Array = npt.NDArray[np.float64]
 _BATCH_SIZE: Final = 8
@@ -51,25 +60,49 @@ class Evaluation:
         return float(self.losses.sum() / math.log(2) / self.num_bytes) if self.num_bytes else None
 
 
-def load_heldout(path: Path, tokenizer: Tokenizer, recipe: Recipe) -> Sequences:
+def load_heldout(path: FilePath, tokenizer: Tokenizer, recipe: Recipe) -> Sequences:
     """Read and tokenise held-out data: windows of the recipe's sequence length that do not overlap.
+
+    What ``task.prefix_tokens`` leaves out of training is left out here too.
 
     Raises:
         DataError: Missing, unreadable, or fewer than two sequences, from which no interval follows.
     """
     length = recipe.inner.sequence_length
-    rows = read_rows(path)
-    if recipe.task.kind is TaskKind.CAUSAL_LM:
-        sequences = causal_sequences(rows, tokenizer, sequence_length=length, heldout=True)
-    else:
-        num_labels = recipe.task.num_labels
-        sequences = classification_sequences(rows, tokenizer, sequence_length=length, num_labels=num_labels)
+    sequences = heldout_sequences(read_rows(path), tokenizer, recipe)
     if len(sequences) < 2:
         raise DataError(
             f"{path} gives {len(sequences)} held-out sequences and at least 2 are needed",
             hint=f"give more text: {sequences.num_tokens} tokens are there, a sequence has {length}",
         )
     return sequences
+
+
+def heldout_sequences(rows: Iterable[Row], tokenizer: Tokenizer, recipe: Recipe) -> Sequences:
+    """Tokenise held-out documents, however few."""
+    length = recipe.inner.sequence_length
+    if recipe.task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
+        num_labels = recipe.task.num_labels
+        return classification_sequences(rows, tokenizer, sequence_length=length, num_labels=num_labels)
+    prefix_tokens = recipe.task.prefix_tokens
+    return causal_sequences(
+        rows, tokenizer, sequence_length=length, prefix_tokens=prefix_tokens, heldout=True
+    )
+
+
+def route_heldout(
+    path: FilePath, base: ResidentBase, router: Router, recipe: Recipe
+) -> dict[Path, Sequences]:
+    """Held-out data by the path that each document belongs to; paths with fewer than two sequences are left out.
+
+    Raises:
+        DataError: Missing or unreadable.
+    """
+    rows: dict[Path, list[Row]] = {}
+    for document in route_documents(read_rows(path), base, router):
+        rows.setdefault(router.paths[document.routes[0]], []).append(document.row)
+    found = {key: heldout_sequences(of_path, base.tokenizer, recipe) for key, of_path in rows.items()}
+    return {key: sequences for key, sequences in found.items() if len(sequences) >= 2}
 
 
 def evaluate(
@@ -95,6 +128,16 @@ def evaluate(
         losses=np.concatenate(losses),
         num_labels=(labels != IGNORED).sum(1),
         num_bytes=int(sequences.num_bytes.sum()),
+    )
+
+
+def together(evaluations: Iterable[Evaluation]) -> Evaluation:
+    """Evaluations of different sequences as one."""
+    parts = tuple(evaluations)
+    return Evaluation(
+        losses=np.concatenate([part.losses for part in parts]),
+        num_labels=np.concatenate([part.num_labels for part in parts]),
+        num_bytes=sum(part.num_bytes for part in parts),
     )
 
 

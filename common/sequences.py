@@ -6,6 +6,10 @@ into windows of T tokens that do not overlap. The label of a token is the next o
 Prompts and what others said in a chat are labelled ``IGNORED``. A tokenizer that begins texts with a token of
 its own begins documents with it here. Classification: one sequence a document, cut at T tokens.
 
+Where documents are routed by their first tokens (DiPaCo, arXiv 2403.10616, section 2.4), these are read and
+neither learnt nor counted, in training and on held-out data alike: a path must not be judged on what chose it.
+A document's **prefix** is its first tokens as they stand in the stream, the token that begins it included.
+
 Shapes: N sequences, T tokens.
 """
 
@@ -33,6 +37,8 @@ UNDERSTOOD: Final = (
 )
 """The columns that rows may have, for messages."""
 _BATCH_ROWS: Final = 256
+_PREFIX_CHARACTERS: Final = 64
+"""A prefix of n tokens is looked for in this many times n characters: tokens are shorter, texts may be very long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +135,7 @@ def causal_sequences(
     tokenizer: Tokenizer,
     *,
     sequence_length: int,
+    prefix_tokens: int = 0,
     heldout: bool = False,
     on_tokenised: OnTokenised = nothing,
 ) -> Sequences:
@@ -138,6 +145,7 @@ def causal_sequences(
         rows: With the columns ``text``, or ``prompt`` and ``completion``, or ``messages``.
         tokenizer: The base's.
         sequence_length: T.
+        prefix_tokens: First tokens of each document that are labelled ``IGNORED``.
         heldout: Count the bytes that labels cover, predict the very first token too and keep a last window
             that is shorter than T. Training leaves that window out.
         on_tokenised: Progress.
@@ -147,7 +155,7 @@ def causal_sequences(
         BaseModelError: The tokenizer lacks what is needed.
     """
     marks = _marks(tokenizer)
-    stream = _Stream()
+    stream = _Stream(prefix_tokens)
     if heldout and not marks.begin:
         stream.append([marks.end], learnt=False)
     num_documents = 0
@@ -180,25 +188,49 @@ def _marks(tokenizer: Tokenizer) -> _Marks:
 class _Stream:
     """All documents in a row: tokens, labels not yet shifted, and the bytes of each token."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix_tokens: int) -> None:
         self.tokens: list[Int32Array] = [np.zeros(0, np.int32)]
         self.labels: list[Int32Array] = [np.zeros(0, np.int32)]
         self.num_bytes: list[Int64Array] = [np.zeros(0, np.int64)]
         self.num_tokens = 0
+        self.starts: list[int] = []
+        self._prefix_tokens = prefix_tokens
+        self._prefix_left = 0
+
+    def begin_document(self) -> None:
+        """What is appended from here on is of another document."""
+        self.starts.append(self.num_tokens)
+        self._prefix_left = self._prefix_tokens
 
     def append(self, tokens: Sequence[int], *, learnt: bool, num_bytes: Int64Array | None = None) -> None:
         ids = np.array(tokens, np.int32)
+        labels = ids.copy() if learnt else np.full(len(ids), IGNORED, np.int32)
+        counted = np.zeros(len(ids), np.int64) if num_bytes is None else num_bytes
+        in_prefix = min(self._prefix_left, len(ids))
+        labels[:in_prefix] = IGNORED
+        counted[:in_prefix] = 0
+        self._prefix_left -= in_prefix
         self.tokens.append(ids)
-        self.labels.append(ids if learnt else np.full(len(ids), IGNORED, np.int32))
-        self.num_bytes.append(np.zeros(len(ids), np.int64) if num_bytes is None else num_bytes)
+        self.labels.append(labels)
+        self.num_bytes.append(counted)
         self.num_tokens += len(ids)
+
+    def whole(self) -> tuple[Int32Array, Int32Array, Int64Array]:
+        """Tokens, labels and bytes as one array each."""
+        return np.concatenate(self.tokens), np.concatenate(self.labels), np.concatenate(self.num_bytes)
 
 
 def _windows(stream: _Stream, *, sequence_length: int, keep_last: bool) -> Sequences:
-    tokens = np.concatenate(stream.tokens)
-    labels = np.concatenate(stream.labels)
-    num_bytes = np.concatenate(stream.num_bytes)
-    num_labels = max(0, len(tokens) - 1)
+    tokens, labels, num_bytes = stream.whole()
+    cut = _cut(tokens, labels, num_bytes, sequence_length=sequence_length, keep_last=keep_last)
+    return _without_unlabelled(cut)
+
+
+def _cut(
+    tokens: Int32Array, labels: Int32Array, num_bytes: Int64Array, *, sequence_length: int, keep_last: bool
+) -> Sequences:
+    num_tokens = len(tokens)
+    num_labels = max(0, num_tokens - 1)
     lengths = np.full(num_labels // sequence_length, sequence_length, np.int32)
     if keep_last and (rest := num_labels % sequence_length):
         lengths = np.append(lengths, np.int32(rest))
@@ -208,14 +240,13 @@ def _windows(stream: _Stream, *, sequence_length: int, keep_last: bool) -> Seque
         num_bytes = np.concatenate([num_bytes, np.zeros(padding, np.int64)])
     shape = (len(lengths), sequence_length)
     stop = len(lengths) * sequence_length
-    whole = Sequences(
+    return Sequences(
         tokens=tokens[:stop].reshape(shape),
         labels=labels[1 : stop + 1].reshape(shape),
         lengths=lengths,
         num_bytes=num_bytes[1 : stop + 1].reshape(shape).sum(1),
-        num_tokens=stream.num_tokens,
+        num_tokens=num_tokens,
     )
-    return _without_unlabelled(whole)
 
 
 def _without_unlabelled(sequences: Sequences) -> Sequences:
@@ -245,8 +276,8 @@ def _encode_batch(
     )
     position = 0
     for row, spans in zip(rows, documents, strict=True):
-        if "messages" not in row.columns:  # a chat template writes its own
-            stream.append(marks.begin, learnt=False)
+        stream.begin_document()
+        stream.append(_beginning(row, marks), learnt=False)
         for span in spans:
             tokens = encoded["input_ids"][position]
             counted = count_bytes and span.learnt and bool(tokens)
@@ -254,6 +285,10 @@ def _encode_batch(
             stream.append(tokens, learnt=span.learnt, num_bytes=num_bytes)
             position += 1
         stream.append([marks.end], learnt=True)
+
+
+def _beginning(row: Row, marks: _Marks) -> list[int]:
+    return [] if "messages" in row.columns else marks.begin  # a chat template writes its own
 
 
 def _token_bytes(text: str, offsets: Sequence[tuple[int, int]]) -> Int64Array:
@@ -325,6 +360,134 @@ def _message(row: Row, message: Any) -> dict[str, str]:
     ):
         raise DataError(f"{row.where}: a message needs the texts role and content")
     return {"role": message["role"], "content": message["content"]}
+
+
+# -- documents one by one ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One document's own windows: no other document is in their context."""
+
+    row: Row
+    """Where it comes from."""
+    tokens: Int32Array
+    """[n] the token that begins it (where the tokenizer has one), the text, and the end-of-text token."""
+    sequences: Sequences
+    """Windows over it, the last one shorter than T, held-out style; those without labels are left out."""
+    positions: Int32Array
+    """[N, T] position in ``tokens`` of what each label is; it means nothing where the label is ``IGNORED``."""
+
+
+def read_documents(
+    rows: Iterable[Row], tokenizer: Tokenizer, *, sequence_length: int, prefix_tokens: int = 0
+) -> Iterator[Document]:
+    """Tokenise documents one by one, for judging each by itself; arguments and errors of ``causal_sequences``.
+
+    A document whose tokenizer begins texts with no token stands behind an end-of-text token, as in training.
+    """
+    marks = _marks(tokenizer)
+    for batch in _batches(rows):
+        stream = _Stream(prefix_tokens)
+        stream.append([marks.end], learnt=False)
+        _encode_batch(stream, batch, tokenizer, marks, count_bytes=True)
+        whole = stream.whole()
+        for row, start, stop in zip(
+            batch, stream.starts, [*stream.starts[1:], stream.num_tokens], strict=True
+        ):
+            yield _document(row, whole, start, stop, lead=not _beginning(row, marks), length=sequence_length)
+
+
+def _document(
+    row: Row,
+    stream: tuple[Int32Array, Int32Array, Int64Array],
+    start: int,
+    stop: int,
+    *,
+    lead: bool,
+    length: int,
+) -> Document:
+    first = start - int(lead)
+    tokens, labels, num_bytes = stream
+    # The first token, which may be another document's end, is context alone: labels are those after it.
+    cut = _cut(
+        tokens[first:stop], labels[first:stop], num_bytes[first:stop], sequence_length=length, keep_last=True
+    )
+    positions = np.arange(cut.tokens.size, dtype=np.int32).reshape(cut.tokens.shape) + 1 - int(lead)
+    kept = (cut.labels != IGNORED).any(1)
+    return Document(
+        row=row,
+        tokens=stream[0][start:stop],
+        sequences=_without_unlabelled(cut),
+        positions=positions[kept],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefixes:
+    """The beginnings of B documents."""
+
+    rows: tuple[Row, ...]
+    """The documents."""
+    tokens: Int64Array
+    """[B, n] token ids; right of a document's length they mean nothing."""
+    lengths: Int64Array
+    """[B] tokens of each, at least 1."""
+
+
+def read_prefixes(
+    rows: Iterable[Row], tokenizer: Tokenizer, num_tokens: int, *, batch_rows: int = _BATCH_ROWS
+) -> Iterator[Prefixes]:
+    """The first ``num_tokens`` tokens of each document, what ``prefix_tokens`` leaves out of the labels.
+
+    A document without text is its end-of-text token.
+
+    Raises:
+        DataError, BaseModelError: As :func:`causal_sequences`.
+    """
+    marks = _marks(tokenizer)
+    iterator = iter(rows)
+    while batch := tuple(islice(iterator, batch_rows)):
+        yield _prefixes(batch, tokenizer, marks, num_tokens)
+
+
+def _prefixes(rows: tuple[Row, ...], tokenizer: Tokenizer, marks: _Marks, num_tokens: int) -> Prefixes:
+    documents = [_spans(row, tokenizer) for row in rows]
+    texts = [span.text[: num_tokens * _PREFIX_CHARACTERS] for spans in documents for span in spans]
+    encoded = iter(_encode(tokenizer, texts))
+    tokens = np.zeros((len(rows), num_tokens), np.int64)
+    lengths = np.zeros(len(rows), np.int64)
+    for index, (row, spans) in enumerate(zip(rows, documents, strict=True)):
+        ids = list(_beginning(row, marks))
+        for _ in spans:
+            ids += next(encoded)
+        ids = ids[:num_tokens] or [marks.end]
+        tokens[index, : len(ids)] = ids
+        lengths[index] = len(ids)
+    return Prefixes(rows=rows, tokens=tokens, lengths=lengths)
+
+
+def text_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a text that begins a document, without an end: a prompt. Raises BaseModelError."""
+    marks = _marks(tokenizer)
+    return [*marks.begin, *_encode(tokenizer, [text])[0]] or [marks.end]
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def concatenate(parts: Sequence[Sequences]) -> Sequences:
+    """Sequences of one T behind each other; raises ValueError for none."""
+    return Sequences(
+        tokens=np.concatenate([part.tokens for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        lengths=np.concatenate([part.lengths for part in parts]),
+        num_bytes=np.concatenate([part.num_bytes for part in parts]),
+        num_tokens=sum(part.num_tokens for part in parts),
+    )
 
 
 # -- classification ------------------------------------------------------------------------------------------
