@@ -7,6 +7,7 @@ continues where it stopped without anything being stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +21,7 @@ from weft.common.recipe import Recipe, TaskKind
 from weft.common.sequences import (
     Batch,
     OnTokenised,
+    Row,
     Sequences,
     Tokenizer,
     causal_sequences,
@@ -72,43 +74,73 @@ class TokenDataset:
         return int(self._order[offset])
 
 
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Sequences ``start`` to ``stop`` of a batch, cut to the longest of them; at least one."""
+    lengths = batch.lengths[start:stop]
+    longest = int(lengths.max())
+    labels = batch.labels[start:stop]
+    return Batch(
+        tokens=batch.tokens[start:stop, :longest],
+        labels=labels[:, :longest] if labels.ndim == 2 else labels,
+        lengths=lengths,
+    )
+
+
 def load_dataset(
     path: Path, tokenizer: Tokenizer, recipe: Recipe, *, worker: str, on_tokenised: OnTokenised = nothing
 ) -> TokenDataset:
-    """Read and tokenise the data at ``path`` for a run.
+    """Read and tokenise the data at ``path`` for a run: ``sequences_of`` and ``dataset_of`` at once."""
+    sequences = sequences_of(read_rows(path), tokenizer, recipe, on_tokenised=on_tokenised)
+    return dataset_of(sequences, recipe, worker=worker, where=str(path))
+
+
+def sequences_of(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    *,
+    heldout: bool = False,
+    on_tokenised: OnTokenised = nothing,
+) -> Sequences:
+    """Tokenise documents as a run's task wants them, to learn from or, with ``heldout``, to evaluate on.
 
     Raises:
-        DataError: Missing, empty, unreadable, of unknown columns, or too short for one batch.
+        DataError: Missing, unreadable or of unknown columns.
         BaseModelError: The base's tokenizer cannot be used for this.
     """
-    inner = recipe.inner
-    rows = read_rows(path)
-    if recipe.task.kind is TaskKind.CAUSAL_LM:
-        length = inner.sequence_length
-        sequences = causal_sequences(rows, tokenizer, sequence_length=length, on_tokenised=on_tokenised)
-    else:
-        sequences = classification_sequences(
-            rows,
-            tokenizer,
-            sequence_length=inner.sequence_length,
-            num_labels=recipe.task.num_labels,
-            on_tokenised=on_tokenised,
+    length = recipe.inner.sequence_length
+    if recipe.task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
+        num_labels = recipe.task.num_labels
+        return classification_sequences(
+            rows, tokenizer, sequence_length=length, num_labels=num_labels, on_tokenised=on_tokenised
         )
+    return causal_sequences(
+        rows,
+        tokenizer,
+        sequence_length=length,
+        prefix_tokens=recipe.task.prefix_tokens,
+        heldout=heldout,
+        on_tokenised=on_tokenised,
+    )
+
+
+def dataset_of(sequences: Sequences, recipe: Recipe, *, worker: str, where: str) -> TokenDataset:
+    """Sequences in the order of ``worker``; raises DataError, naming ``where``, when they fill no batch."""
     if sequences.num_tokens == 0:
-        raise DataError(f"{path} holds no text", hint="give data with text in it")
-    if len(sequences) < inner.batch_size:
-        raise _too_short(path, sequences, recipe)
-    return TokenDataset(sequences, seed=inner.seed, worker=worker, batch_size=inner.batch_size)
+        raise DataError(f"{where} holds no text", hint="give data with text in it")
+    if len(sequences) < recipe.inner.batch_size:
+        raise _too_short(where, sequences, recipe)
+    return TokenDataset(sequences, seed=recipe.inner.seed, worker=worker, batch_size=recipe.inner.batch_size)
 
 
-def _too_short(path: Path, sequences: Sequences, recipe: Recipe) -> DataError:
+def _too_short(where: str, sequences: Sequences, recipe: Recipe) -> DataError:
     size, length = recipe.inner.batch_size, recipe.inner.sequence_length
     if recipe.task.kind is TaskKind.CAUSAL_LM:
         found = f"{sequences.num_tokens} tokens ({len(sequences)} sequences to learn from)"
         needed = f"{size * length + 1} tokens: {size} sequences of {length}"
     else:
         found, needed = f"{len(sequences)} documents", f"{size} documents"
-    return DataError(f"{path} has {found}; one batch needs {needed}", hint="give more data to --data")
+    return DataError(f"{where} has {found}; one batch needs {needed}", hint="give more data to --data")
 
 
 def _permutation(key: str, length: int) -> IndexArray:

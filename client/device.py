@@ -64,13 +64,13 @@ def find_device() -> Device:
 
 
 def needed_bytes(base_dir: Path, recipe: Recipe, *, dtype: torch.dtype, quantise: Quantisation) -> int:
-    """Roughly what training takes at its peak: the frozen base, activations of one batch, and the logits.
+    """Roughly what any training over the base takes at the least: its weights, and one sequence on its way.
 
-    Adapters and their optimiser are left out: they are a few per cent of the base.
+    A batch goes through in pieces as small as they must be. What is trained is not counted.
     """
     config = read_config(base_dir, recipe.task).get_text_config()
     bytes_per_parameter = _4BIT_BYTES if quantise == "4bit" else float(dtype.itemsize)
-    num_tokens = recipe.inner.batch_size * recipe.inner.sequence_length
+    num_tokens = recipe.inner.sequence_length
     activations = num_tokens * config.num_hidden_layers * config.hidden_size * _ACTIVATION_BYTES
     logits = num_tokens * (recipe.task.num_labels or config.vocab_size) * _LOGIT_BYTES
     total = num_base_parameters(base_dir) * bytes_per_parameter + activations * dtype.itemsize / 2 + logits

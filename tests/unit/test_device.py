@@ -38,11 +38,13 @@ def test_a_worker_without_the_memory_hears_it_before_loading(quantise: str, offe
     assert ("--quantise 4bit" in caught.value.hint) is offered
 
 
-def test_need_grows_with_dtype_and_batch_and_shrinks_with_quantisation(tmp_path: Path) -> None:
+def test_need_grows_with_dtype_and_sequences_but_not_with_the_batch(tmp_path: Path) -> None:
     base = write_tiny_base(tmp_path / "base")
     recipe = tiny_recipe(base)
+    longer = replace(recipe, inner=replace(recipe.inner, sequence_length=64))
     larger = replace(recipe, inner=replace(recipe.inner, batch_size=64))
     fp32 = needed_bytes(base, recipe, dtype=torch.float32, quantise="none")
     assert needed_bytes(base, recipe, dtype=torch.bfloat16, quantise="none") < fp32
     assert needed_bytes(base, recipe, dtype=torch.float32, quantise="4bit") < fp32
-    assert needed_bytes(base, larger, dtype=torch.float32, quantise="none") > fp32
+    assert needed_bytes(base, longer, dtype=torch.float32, quantise="none") > fp32
+    assert needed_bytes(base, larger, dtype=torch.float32, quantise="none") == fp32
