@@ -4,27 +4,33 @@ A coordinate-wise rule needs O(W × tile) memory a thread, and tiles are the sho
 are: memory does not grow with their number. While trim thresholds are found, a thread holds one tensor of one
 update; ``lora = "exact"`` holds one layer's factors of all workers.
 
-Legend: W = updates, T = elements of a tile.
+Legend: W = updates, T = elements of a tile, S = slots of the outer optimiser.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from weft.common.errors import EngineFailed
 from weft.common.modules import Schema, TensorSpec
-from weft.server.merge import lora
-from weft.server.merge.rules import RULES, MergeRule, Statistics, lora_space
-from weft.server.merge.settings import LoraSpace, MergeSettings, RuleParameters
+from weft.server.merge import lora, nested, rescale
+from weft.server.merge.movements import Contributor, Movements
+from weft.server.merge.rule import Merged, MergeRule
+from weft.server.merge.rules import RULES, lora_space
+from weft.server.merge.selection import BLOCK_ELEMENTS
+from weft.server.merge.settings import Clip, LoraSpace, MergeSettings, Rescale, RuleParameters
 from weft.server.merge.statistics import (
     TensorMeasure,
     UpdateMeasure,
@@ -33,17 +39,26 @@ from weft.server.merge.statistics import (
     normalised_weights,
     update_measure,
 )
-from weft.server.merge.tiles import WORKING_ELEMENTS, Float64, Sink, Tiles, Update, spans
-from weft.server.outer import OuterSettings, outer_step
+from weft.server.merge.tiles import WORKING_ELEMENTS, Float64, Scratch, Sink, Tiles, Update, spans
+from weft.server.outer import STEP, OuterSettings, first_slots, outer_step, slot_name
+
+Pair: TypeAlias = tuple[TensorSpec, TensorSpec]
+"""Specs of A and B of a LoRA layer."""
+J = TypeVar("J")
+R = TypeVar("R")
+_BATCH_ELEMENTS: Final = 1 << 17
+"""Jobs smaller than this share a turn of the pool."""
+Tile: TypeAlias = tuple[TensorSpec, int, int]
+"""A tensor, first element, one past the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OuterState:
-    """The outer optimiser's momentum: one tensor of float32 for each of the module's."""
+    """What the outer optimiser keeps between rounds, laid out as ``weft.server.outer.outer_schema`` says."""
 
-    momentum: Tiles | None
+    before: Tiles | None
     """What the last round left; None in the first."""
-    next_momentum: Sink
+    after: Sink
     """Where this round's goes; it counts once the version is published."""
 
 
@@ -59,12 +74,12 @@ class Contribution:
     """Bounded and normalised: the weights of a merge sum to 1."""
     clip_factor: float
     """What it was multiplied by, at most 1."""
-    change_norm: float
-    """Norm of the movement of what the module computes, before clipping."""
-    parameter_norm: float
-    """Norm of the movement of its parameters, before clipping."""
-    kept: float
-    """Share of its elements that are not zero after trimming."""
+    change_norm: float | None
+    """Norm of the movement of what the module computes, before clipping; None when it was not measured."""
+    parameter_norm: float | None
+    """Norm of the movement of its parameters, before clipping; None when it was not measured."""
+    kept: float | None
+    """Share of its elements that are not zero after trimming; None when neither was counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,74 +98,142 @@ class MergeReport:
     """Wall time by phase: measure, survey, merge."""
 
 
+class _Own(threading.local):
+    """What each thread of the pool has for itself."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
 @dataclass(frozen=True, slots=True)
-class _Contributor:
-    """An update and what it counts for."""
+class _Movement:
+    """The merged movement of a tile."""
 
-    update: Update
-    measure: UpdateMeasure
-    weight: float
-    clip: float
-
-    def movement(self, name: str, start: int, stop: int, out_T: Float64) -> None:
-        """Put a tile of the update, trimmed and clipped, into ``out``."""
-        values_T = self.update.tile(name, start, stop)
-        cut = self.measure.cuts[name]
-        trimmed_T = values_T if cut is None else cut.apply(values_T, start)
-        np.multiply(trimmed_T, self.clip, out=out_T, dtype=np.float64)
+    values: Merged
+    owned: npt.NDArray[np.bool_] | None
+    """Which elements any update has; None: all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Round:
     """Everything that the merge of a tile or a layer needs to know."""
 
-    contributors: tuple[_Contributor, ...]
+    contributors: tuple[Contributor, ...]
     rule: MergeRule[Any]
     parameters: RuleParameters
     start: Tiles
     sink: Sink
     outer: OuterSettings
     outer_state: OuterState | None
+    rounds: int
+    """Rounds of the outer optimiser before this one."""
+    own: _Own
+    """What each thread has for itself."""
 
-    def movements(self, name: str, start: int, stop: int) -> Float64:
-        """The tile of every update, trimmed and clipped, float64 [W, T]."""
-        movements_WT = np.empty((len(self.contributors), stop - start))
-        for row_T, contributor in zip(movements_WT, self.contributors, strict=True):
-            contributor.movement(name, start, stop, row_T)
-        return movements_WT
+    @property
+    def weights(self) -> Float64:
+        return np.array([each.weight for each in self.contributors])
 
-    def statistics(self, name: str, start: int, stop: int, *, survey: int) -> Statistics:
-        """What the rule asked for beside the movements."""
-        if not self.rule.needs_fisher:
-            return Statistics(survey=survey)
-        tiles = [each.update.fisher_tile(name, start, stop) for each in self.contributors]
-        means = [each.measure.fisher_mean for each in self.contributors]
-        return Statistics(fisher=np.array(tiles, np.float64), fisher_mean=np.array(means), survey=survey)
+    def movements(self, spec: TensorSpec, start: int, stop: int) -> Movements:
+        return Movements(self.contributors, spec, start, stop, self.weights, self.own.scratch)
 
-    def merge_tile(self, name: str, start: int, stop: int, *, survey: int) -> None:
-        """Write a tile of the next version, and of the next momentum."""
-        weights_W = np.array([each.weight for each in self.contributors])
-        statistics = self.statistics(name, start, stop, survey=survey)
-        movement_T = self.rule.merge(
-            self.movements(name, start, stop), weights_W, statistics, self.parameters
-        )
-        momentum = self.outer_state.momentum if self.outer_state else None
-        momentum_T = (
-            np.zeros(stop - start)
-            if momentum is None
-            else momentum.tile(name, start, stop).astype(np.float64)
-        )
-        step_T, next_T = outer_step(movement_T, momentum_T, self.outer)
-        self.sink.write(name, start, (self.start.tile(name, start, stop) + step_T).astype(np.float32))
-        if self.outer_state is not None:
-            self.outer_state.next_momentum.write(name, start, next_T.astype(np.float32))
+    def combine(
+        self, tile: Tile, factors_W: Float64, merge: Callable[[Movements], Merged | None]
+    ) -> _Movement | None:
+        """``merge`` of every part of a tile that the same updates own; None where one of them is None."""
+        parts = self.movements(*tile).parts(factors_W)
+        if len(parts) == 1 and parts[0].elements is None:
+            whole_T = merge(parts[0])
+            return None if whole_T is None else _Movement(whole_T, None)
+        merged_T, owned_T = np.zeros(_length(tile)), np.zeros(_length(tile), np.bool_)
+        for part in parts:
+            part_T = merge(part)
+            if part_T is None:
+                return None
+            merged_T[part.elements] = part_T
+            owned_T[part.elements] = True
+        return _Movement(merged_T, owned_T)
 
-    def merge_layer(self, a_spec: TensorSpec, b_spec: TensorSpec) -> lora.Recompressed:
+    def movement(self, tile: Tile, factors_W: Float64, *, survey: int) -> _Movement:
+        """The merged movement of a tile."""
+        done = self.combine(tile, factors_W, lambda part: self.rule.merge(part, survey, self.parameters))
+        assert done is not None  # noqa: S101
+        return done
+
+    def survey_tile(self, tile: Tile, factors_W: Float64) -> int | tuple[int, Tile]:
+        """Count in a tile; write it if the sum of all counts cannot matter to it, else hand it back."""
+        survey, counts = self.rule.survey, []
+        assert survey is not None  # noqa: S101
+
+        def count(part: Movements) -> Merged | None:
+            found, merged_T = survey(part, self.parameters)
+            counts.append(found)
+            return merged_T
+
+        done = self.combine(tile, factors_W, count)
+        if done is None:
+            return sum(counts), tile
+        self.write(tile, done)
+        return sum(counts)
+
+    def write(self, tile: Tile, moved: _Movement) -> None:
+        """Write a tile of the next version, and of the next outer state."""
+        spec, start, stop = tile
+        if self.outer_state is None:  # a plain step
+            step_T = moved.values
+            if self.outer.rate != 1:
+                step_T = np.multiply(step_T, self.outer.rate, out=step_T)
+        else:
+            step_T = self._step(self.outer_state, tile, moved)
+        version_T = self.own.scratch.take("version", stop - start, step_T.dtype.type)
+        np.add(self.start.tile(spec.name, start, stop), step_T, out=version_T)
+        self.sink.write(spec.name, start, version_T.astype(np.float32, copy=False))
+
+    def _step(self, state: OuterState, tile: Tile, moved: _Movement) -> Float64:
+        spec, start, stop = tile
+        names = [slot_name(slot, spec.name) for slot in range(self.outer.num_slots)]
+        if state.before is None:
+            slots_ST = first_slots(self.outer, stop - start)
+        else:
+            slots_ST = np.array([state.before.tile(name, start, stop) for name in names], np.float64)
+        movement_T = moved.values.astype(np.float64)
+        step_T, next_ST = outer_step(movement_T, slots_ST, self.outer, rounds=self.rounds)
+        if moved.owned is not None:
+            step_T = np.where(moved.owned, step_T, 0.0)
+            next_ST = np.where(moved.owned, next_ST, slots_ST)
+        for name, values_T in zip(names, next_ST, strict=True):
+            state.after.write(name, start, values_T.astype(np.float32))
+        return step_T
+
+    def layer(self, pair: Pair) -> tuple[lora.Factors, list[lora.Factors]]:
+        """A layer's start and the movement of each update, of its own rank."""
+        own = [tuple(each.specs[spec.name] for spec in pair) for each in self.contributors]
+        movements = [
+            lora.read_factors(each.update, *specs) for each, specs in zip(self.contributors, own, strict=True)
+        ]
+        return lora.read_factors(self.start, *pair), movements
+
+    def coefficients(self, pair: Pair, factors_W: Float64) -> list[torch.Tensor]:
+        """What multiplies the rank slices of each update's change of ΔW, float64 [its rank]."""
+        assert self.rule.linear is not None  # noqa: S101
+        ranks = np.array([each.specs[pair[0].name].shape[0] for each in self.contributors])
+        owners_r = [int((ranks > rank).sum()) for rank in range(ranks.max())]
+        multiple_r = np.array([self.rule.linear(count, self.parameters) for count in owners_r])
+        shares = [
+            share_r * multiple_r[: len(share_r)]
+            for share_r in nested.shares(self.weights.tolist(), ranks.tolist())
+        ]
+        return [
+            torch.from_numpy(share_r * (each.clip * factor))
+            for share_r, each, factor in zip(shares, self.contributors, factors_W.tolist(), strict=True)
+        ]
+
+    def merge_layer(self, pair: Pair, factors_W: Float64) -> lora.Recompressed:
         """Write the next version of a layer's LoRA factors, merged as ΔW."""
-        coefficients = [self.outer.rate * each.weight * each.clip for each in self.contributors]
-        movements = [lora.read_factors(each.update, a_spec, b_spec) for each in self.contributors]
-        done = lora.merge_pair(lora.read_factors(self.start, a_spec, b_spec), movements, coefficients)
-        for spec, factor in ((a_spec, done.factors.A_ri), (b_spec, done.factors.B_or)):
+        start, movements = self.layer(pair)
+        coefficients = self.coefficients(pair, self.outer.rate * factors_W)
+        done = lora.merge_pair(start, movements, coefficients)
+        for spec, factor in zip(pair, (done.factors.A_ri, done.factors.B_or), strict=True):
             self.sink.write(spec.name, 0, factor.reshape(-1).numpy().astype(np.float32))
         return done
 
@@ -165,6 +248,8 @@ def merge_module(
     outer: OuterSettings,
     outer_state: OuterState | None = None,
     scaling: float = 1.0,
+    num_paths: int = 1,
+    norms: bool = True,
     tile_elements: int | None = None,
     threads: int = 1,
     clock: Callable[[], float] = time.perf_counter,
@@ -178,9 +263,11 @@ def merge_module(
         sink: Receives every element of the next version, float32.
         settings: The ``[merge]`` table.
         outer: The ``[outer]`` table.
-        outer_state: Given exactly when ``outer.has_momentum``.
+        outer_state: Given exactly when ``outer.num_slots`` is not 0.
         scaling: ΔW = scaling · B A; weighs LoRA layers against others in the norm.
-        tile_elements: Length of a tile: speed and memory, not the result. Unset: shorter for more updates.
+        num_paths: How many different paths the updates are from; for ``rescale = "sqrt_paths"``.
+        norms: Measure norms for the report even where neither clipping nor rescaling asks for them.
+        tile_elements: Length of a tile: speed and memory, not the result. Unset: what the rule runs best with.
         threads: Tiles and layers merged at once: speed and memory, not the result.
         clock: Seconds, for the report.
 
@@ -192,33 +279,51 @@ def merge_module(
     ordered = _ordered(updates)
     space = lora_space(settings, outer)
     _check_state(outer, outer_state)
-    times = [clock()]
+    measured = norms or settings.clip is not Clip.NONE or settings.rescale is Rescale.RDA
+    times, own = [clock()], _Own()
     with _pool(threads) as pool:
         round_ = _Round(
-            contributors=_contributors(pool, ordered, start, schema, settings=settings, scaling=scaling),
+            contributors=_contributors(
+                pool, own, ordered, start, schema, settings=settings, scaling=scaling, norms=measured
+            ),
             rule=RULES[settings.rule],
             parameters=settings.parameters,
             start=start,
             sink=sink,
             outer=outer,
             outer_state=outer_state,
+            rounds=_rounds(outer_state),
+            own=own,
         )
         times.append(clock())
-        exact = _pairs(schema) if space is LoraSpace.EXACT else []
-        tiles = _tiles(schema, exact, tile_elements or max(1024, WORKING_ELEMENTS // len(ordered)))
-        survey = _survey(pool, round_, tiles)
+        pairs = _pairs(schema) if space is LoraSpace.EXACT else []
+        tiles = _tiles(schema, pairs, tile_elements or _tile_elements(round_))
+        factors = _factors(pool, round_, schema, pairs, settings=settings, num_paths=num_paths)
+        survey, tiles = _survey(pool, round_, tiles, factors)
         times.append(clock())
-        layers = list(pool.map(lambda pair: round_.merge_layer(*pair), exact))
-        list(pool.map(lambda tile: round_.merge_tile(*tile, survey=survey), tiles))
+        layers = list(pool.map(lambda pair: round_.merge_layer(pair, factors[pair[0].name]), pairs))
+
+        def merge_tile(tile: Tile) -> None:
+            round_.write(tile, round_.movement(tile, factors[tile[0].name], survey=survey))
+
+        _map(pool, tiles, merge_tile, _length)
         times.append(clock())
-    return _report(round_, space if schema.lora_pairs else None, layers, times)
+    if outer_state is not None:
+        outer_state.after.write(STEP, 0, np.array([round_.rounds + 1], np.float32))
+    return _report(round_, space if schema.lora_pairs else None, layers, times, norms=measured)
 
 
 def _check_state(outer: OuterSettings, outer_state: OuterState | None) -> None:
-    if outer.has_momentum and outer_state is None:
-        raise ValueError(f"outer optimiser {outer.name} keeps a momentum and needs outer_state")
-    if outer_state is not None and not outer.has_momentum:
-        raise ValueError(f"outer optimiser {outer.name} keeps no momentum: leave outer_state out")
+    if outer.num_slots and outer_state is None:
+        raise ValueError(f"outer optimiser {outer.name} keeps a state and needs outer_state")
+    if outer_state is not None and not outer.num_slots:
+        raise ValueError(f"outer optimiser {outer.name} keeps no state: leave outer_state out")
+
+
+def _rounds(outer_state: OuterState | None) -> int:
+    if outer_state is None or outer_state.before is None:
+        return 0
+    return int(outer_state.before.tile(STEP, 0, 1)[0])
 
 
 def _ordered(updates: Sequence[Update]) -> tuple[Update, ...]:
@@ -243,94 +348,204 @@ def _pool(threads: int) -> Iterator[Executor]:
         torch.set_num_threads(before)
 
 
-def _pairs(schema: Schema) -> list[tuple[TensorSpec, TensorSpec]]:
+def _pairs(schema: Schema) -> list[Pair]:
     specs = {spec.name: spec for spec in schema.tensors}
     return [(specs[a_name], specs[b_name]) for a_name, b_name in schema.lora_pairs]
 
 
 def _contributors(
     pool: Executor,
+    own: _Own,
     updates: Sequence[Update],
     start: Tiles,
     schema: Schema,
     *,
     settings: MergeSettings,
     scaling: float,
-) -> tuple[_Contributor, ...]:
-    measures = _measure(pool, updates, start, schema, settings=settings, scaling=scaling)
+    norms: bool,
+) -> tuple[Contributor, ...]:
+    schemas = [schema if each.rank is None else schema.at_rank(each.rank) for each in updates]
+    measures = _measure(
+        pool, own, updates, start, schema, schemas, settings=settings, scaling=scaling, norms=norms
+    )
     weights = normalised_weights([update.weight for update in updates], settings)
     clips = clip_factors(measures, settings)
-    return tuple(_Contributor(*row) for row in zip(updates, measures, weights, clips, strict=True))
+    specs = [{spec.name: spec for spec in each.tensors} for each in schemas]
+    return tuple(Contributor(*row) for row in zip(updates, measures, weights, clips, specs, strict=True))
 
 
 def _measure(
     pool: Executor,
+    own: _Own,
     updates: Sequence[Update],
     start: Tiles,
     schema: Schema,
+    schemas: Sequence[Schema],
     *,
     settings: MergeSettings,
     scaling: float,
+    norms: bool,
 ) -> tuple[UpdateMeasure, ...]:
     trim, fisher = settings.parameters.trim, RULES[settings.rule].needs_fisher
 
-    def tensor(update: Update, spec: TensorSpec) -> TensorMeasure:
-        return measure_tensor(update, spec, trim=trim, fisher=fisher)
+    def tensor(job: tuple[Update, TensorSpec]) -> TensorMeasure:
+        return measure_tensor(*job, own.scratch, trim=trim, fisher=fisher, norms=norms)
 
-    def change(update: Update, pair: tuple[TensorSpec, TensorSpec]) -> float:
-        return lora.change_square_sum(lora.read_factors(start, *pair), lora.read_factors(update, *pair))
+    def changes(pair: Pair) -> list[float]:
+        at = {name: index for index, (name, _) in enumerate(schema.lora_pairs)}[pair[0].name]
+        moved = (lora.read_factors(each, *_pairs(of)[at]) for each, of in zip(updates, schemas, strict=True))
+        return lora.change_square_sums(lora.read_factors(start, *pair), moved)
 
-    pairs = _pairs(schema)
-    tensors = [[pool.submit(tensor, update, spec) for spec in schema.tensors] for update in updates]
-    changes = [[pool.submit(change, update, pair) for pair in pairs] for update in updates]
+    jobs = [(each, spec) for each, of in zip(updates, schemas, strict=True) for spec in of.tensors]
+    measures = iter(_map(pool, jobs, tensor, lambda job: job[1].size))
+    layers = list(pool.map(changes, _pairs(schema))) if norms else []
+    moved = zip(*layers, strict=True) if layers else itertools.repeat((0.0,) * len(schema.lora_pairs))
     return tuple(
-        update_measure(
-            schema, [job.result() for job in own], [job.result() for job in moved], scaling=scaling
-        )
-        for own, moved in zip(tensors, changes, strict=True)
+        update_measure(of, [next(measures) for _ in of.tensors], each, scaling=scaling)
+        for of, each in zip(schemas, moved, strict=False)
     )
 
 
-def _tiles(
-    schema: Schema, without: Sequence[tuple[TensorSpec, TensorSpec]], tile_elements: int
-) -> list[tuple[str, int, int]]:
+def _map(pool: Executor, jobs: Sequence[J], do: Callable[[J], R], size: Callable[[J], int]) -> list[R]:
+    """``do`` of every job, in order; small ones share a turn of the pool, which costs as much as they do."""
+    batches: list[list[J]] = [[]]
+    elements = 0
+    for job in jobs:
+        batches[-1].append(job)
+        elements += size(job)
+        if elements >= _BATCH_ELEMENTS:
+            batches.append([])
+            elements = 0
+    done = pool.map(lambda batch: [do(job) for job in batch], batches)
+    return [result for batch in done for result in batch]
+
+
+def _length(tile: Tile) -> int:
+    return tile[2] - tile[1]
+
+
+def _tile_elements(round_: _Round) -> int:
+    if round_.rule.row_by_row:
+        return BLOCK_ELEMENTS
+    return max(1024, WORKING_ELEMENTS // len(round_.contributors))
+
+
+def _tiles(schema: Schema, without: Sequence[Pair], tile_elements: int) -> list[Tile]:
     merged_elsewhere = {spec.name for pair in without for spec in pair}
     return [
-        (spec.name, start, stop)
+        (spec, start, stop)
         for spec in schema.tensors
         if spec.name not in merged_elsewhere
         for start, stop in spans(spec.size, tile_elements)
     ]
 
 
-def _survey(pool: Executor, round_: _Round, tiles: Sequence[tuple[str, int, int]]) -> int:
-    survey = round_.rule.survey
-    if not round_.parameters.surveys or survey is None:
-        return 0
-    return sum(pool.map(lambda tile: survey(round_.movements(*tile)), tiles))
+def _survey(
+    pool: Executor, round_: _Round, tiles: list[Tile], factors: Mapping[str, Float64]
+) -> tuple[int, list[Tile]]:
+    """What the rule counts over the module, and the tiles that had to wait for it; all where it does not count."""
+    if not round_.parameters.surveys or round_.rule.survey is None:
+        return 0, tiles
+    done = _map(pool, tiles, lambda tile: round_.survey_tile(tile, factors[tile[0].name]), _length)
+    waiting = [each for each in done if isinstance(each, tuple)]
+    total = sum(each[0] if isinstance(each, tuple) else each for each in done)
+    return total, [tile for _, tile in waiting]
+
+
+def _factors(
+    pool: Executor,
+    round_: _Round,
+    schema: Schema,
+    pairs: Sequence[Pair],
+    *,
+    settings: MergeSettings,
+    num_paths: int,
+) -> dict[str, Float64]:
+    """What ``merge.rescale``, or the rule's own choice, multiplies weights with, by tensor.
+
+    For a layer merged as ΔW that is under the name of its A.
+    """
+    factor = math.sqrt(num_paths) if settings.rescale is Rescale.SQRT_PATHS else 1.0
+    factors = {spec.name: np.full(len(round_.contributors), factor) for spec in schema.tensors}
+    if round_.rule.choose is not None:
+        grams = _grams(pool, round_, schema, pairs)
+        chosen = round_.rule.choose(grams, round_.weights, round_.parameters)
+        return factors | {name: weights_W / round_.weights for name, weights_W in chosen.items()}
+    if settings.rescale is not Rescale.RDA:
+        return factors
+
+    def tensor(tile: Tile, units_W: Float64) -> float:
+        return float(np.square(round_.movement(tile, units_W, survey=0).values, dtype=np.float64).sum())
+
+    def layer(pair: Pair, units_W: Float64) -> float:
+        return lora.combined_square_sum(*round_.layer(pair), round_.coefficients(pair, units_W))
+
+    norms = {spec.name: rescale.tensor_norms(round_.contributors, spec.name) for spec in schema.tensors}
+    norms |= {a.name: rescale.layer_norms(round_.contributors, (a.name, b.name)) for a, b in pairs}
+    units = {name: rescale.units(norms_W) for name, norms_W in norms.items()}
+    jobs = {a.name: [pool.submit(layer, (a, b), units[a.name])] for a, b in pairs}
+    for tile in _tiles(schema, pairs, BLOCK_ELEMENTS):
+        jobs.setdefault(tile[0].name, []).append(pool.submit(tensor, tile, units[tile[0].name]))
+    for name, own in jobs.items():
+        square_sum = math.fsum(job.result() for job in own)
+        factors[name] = rescale.directional(round_.weights, norms[name], square_sum)
+    return factors
+
+
+def _grams(pool: Executor, round_: _Round, schema: Schema, pairs: Sequence[Pair]) -> dict[str, Float64]:
+    """Inner products of the clipped movements, tensor by tensor, of ΔW for layers merged as such."""
+    schemas = {tuple(each.specs[spec.name].shape for spec in schema.tensors) for each in round_.contributors}
+    if len(schemas) > 1:
+        raise EngineFailed(
+            f"updates of different ranks cannot be merged by {round_.rule.name}",
+            hint='set merge.rule = "mean", or give all workers the same rank',
+        )
+    clips_W = np.array([each.clip for each in round_.contributors])
+
+    def tensor(tile: Tile) -> Float64:
+        stack_WT = round_.movements(*tile).stack()
+        return stack_WT @ stack_WT.T
+
+    def layer(pair: Pair) -> Float64:
+        return lora.change_gram(*round_.layer(pair)).numpy() * np.outer(clips_W, clips_W)
+
+    tiles = _tiles(schema, pairs, max(1024, WORKING_ELEMENTS // len(clips_W)))
+    grams = dict(zip((a.name for a, _ in pairs), pool.map(layer, pairs), strict=True))
+    for (spec, _, _), gram_WW in zip(tiles, _map(pool, tiles, tensor, _length), strict=True):
+        grams[spec.name] = grams[spec.name] + gram_WW if spec.name in grams else gram_WW
+    return grams
 
 
 def _report(
-    round_: _Round, space: LoraSpace | None, layers: Sequence[lora.Recompressed], times: Sequence[float]
+    round_: _Round,
+    space: LoraSpace | None,
+    layers: Sequence[lora.Recompressed],
+    times: Sequence[float],
+    *,
+    norms: bool,
 ) -> MergeReport:
     lost = math.fsum(layer.lost_square_sum for layer in layers)
     total = math.fsum(layer.total_square_sum for layer in layers)
+    counted = norms or round_.parameters.trim is not None
     return MergeReport(
         rule=round_.rule.name,
         lora=space,
-        contributions=tuple(_contribution(each) for each in round_.contributors),
+        contributions=tuple(
+            _contribution(each, norms=norms, counted=counted) for each in round_.contributors
+        ),
         truncation_error=math.sqrt(lost / total) if total else 0.0,
         seconds=dict(zip(("measure", "survey", "merge"), np.diff(times).tolist(), strict=True)),
     )
 
 
-def _contribution(contributor: _Contributor) -> Contribution:
+def _contribution(contributor: Contributor, *, norms: bool, counted: bool) -> Contribution:
+    measure = contributor.measure
     return Contribution(
         worker_id=contributor.update.worker_id,
         task_id=contributor.update.task_id,
         weight=contributor.weight,
         clip_factor=contributor.clip,
-        change_norm=contributor.measure.change_norm,
-        parameter_norm=contributor.measure.parameter_norm,
-        kept=contributor.measure.kept,
+        change_norm=measure.change_norm if norms else None,
+        parameter_norm=measure.parameter_norm if norms else None,
+        kept=measure.kept if counted else None,
     )

@@ -13,14 +13,14 @@ exact. With one update this returns the update; with a shared, frozen A it retur
 version 0, where ΔW = 0, it leaves A alone. It also makes the result independent of the signs that the SVD
 happens to choose.
 
-Legend: o = out_features, i = in_features, r = rank, n = stacked rank, q = min(r, i), k = rank of ΔW ≤ q.
+Legend: o = out_features, i = in_features, r = rank, p = a slice of it, n = stacked rank, q = min(r, i),
+k = rank of ΔW ≤ q.
 All tensors are float64 on the CPU.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,38 +66,87 @@ def _read(tiles: Tiles | Update, spec: TensorSpec) -> torch.Tensor:
     return tensor
 
 
-def change_square_sum(start: Factors, movement: Factors) -> float:
-    """‖(B₀ + dB)(A₀ + dA) − B₀ A₀‖², through 2r × 2r Gram matrices.
+def change_square_sums(start: Factors, movements: Iterable[Factors]) -> list[float]:
+    """‖(B₀ + dB)(A₀ + dA) − B₀ A₀‖² of the rank slices that each moved, through r × r Gram matrices.
 
     The change is [dB, B₀] [A₀ + dA; dA]: written this way no large numbers cancel, and no movement gives 0.
+    What is of the start alone is computed once.
     """
-    left_on = torch.cat([movement.B_or, start.B_or], dim=1)
-    right_ni = torch.cat([start.A_ri + movement.A_ri, movement.A_ri], dim=0)
-    gram = (left_on.T @ left_on) * (right_ni @ right_ni.T)
-    return max(0.0, float(gram.sum()))
+    B_or, A_ri = start.B_or, start.A_ri
+    start_B_rr, start_A_rr = B_or.T @ B_or, A_ri @ A_ri.T
+    return [_change_square_sum(start, movement, start_B_rr, start_A_rr) for movement in movements]
 
 
-def merge_pair(start: Factors, movements: Sequence[Factors], coefficients: Sequence[float]) -> Recompressed:
-    """B₀A₀ + Σ κ_i (B_i A_i − B₀A₀), recompressed to the rank of the start.
+def _change_square_sum(
+    start: Factors, movement: Factors, start_B_rr: torch.Tensor, start_A_rr: torch.Tensor
+) -> float:
+    r = movement.A_ri.shape[0]
+    moved_B_rr, cross_B_rr = movement.B_or.T @ movement.B_or, movement.B_or.T @ start.B_or[:, :r]
+    moved_A_rr, cross_A_rr = movement.A_ri @ movement.A_ri.T, start.A_ri[:r] @ movement.A_ri.T
+    trained_A_rr = start_A_rr[:r, :r] + cross_A_rr + cross_A_rr.T + moved_A_rr
+    total = (moved_B_rr * trained_A_rr).sum()
+    total += 2 * (cross_B_rr * (cross_A_rr + moved_A_rr)).sum()
+    total += (start_B_rr[:r, :r] * moved_A_rr).sum()
+    return max(0.0, float(total))
+
+
+def merge_pair(
+    start: Factors, movements: Sequence[Factors], coefficients: Sequence[torch.Tensor]
+) -> Recompressed:
+    """B₀A₀ + Σ_i Σ_p κ_ip (b_ip a_ip − b₀_p a₀_p), recompressed to the rank of the start.
 
     Args:
         start: The start version's factors.
-        movements: Each worker's trained − start, factor by factor.
-        coefficients: κ_i = outer learning rate · weight · clip factor of each worker.
+        movements: Each worker's trained − start, factor by factor, of its own rank r_i ≤ r.
+        coefficients: κ_i = outer learning rate · share of the slice · clip factor of each worker, float64 [r_i].
     """
-    trained = [Factors(start.B_or + m.B_or, start.A_ri + m.A_ri) for m in movements]
-    left_on = torch.cat(
-        [
-            start.B_or * (1.0 - math.fsum(coefficients)),
-            *(factors.B_or * coefficient for factors, coefficient in zip(trained, coefficients, strict=True)),
-        ],
-        dim=1,
-    )
-    right_ni = torch.cat([start.A_ri, *(factors.A_ri for factors in trained)], dim=0)
+    trained = [_trained(start, movement) for movement in movements]
+    left_start_r = torch.ones(start.A_ri.shape[0], dtype=torch.float64)
     average_ri = start.A_ri.clone()
-    for movement, coefficient in zip(movements, coefficients, strict=True):
-        average_ri += movement.A_ri * coefficient
+    for movement, coefficient_r in zip(movements, coefficients, strict=True):
+        left_start_r[: len(coefficient_r)] -= coefficient_r
+        average_ri[: len(coefficient_r)] += movement.A_ri * coefficient_r[:, None]
+    scaled = [each.B_or * coefficient_r for each, coefficient_r in zip(trained, coefficients, strict=True)]
+    left_on = torch.cat([start.B_or * left_start_r, *scaled], dim=1)
+    right_ni = torch.cat([start.A_ri, *(each.A_ri for each in trained)], dim=0)
     return recompress(left_on, right_ni, near_ri=average_ri)
+
+
+def change_gram(start: Factors, movements: Sequence[Factors]) -> torch.Tensor:
+    """⟨D_i, D_j⟩ of D_i = (B₀ + dB_i)(A₀ + dA_i) − B₀A₀, float64 [W, W], without forming any D.
+
+    D_i = [dB_i, B₀] [A₀ + dA_i; dA_i], and ⟨L_i R_i, L_j R_j⟩ = Σ (L_iᵀ L_j) ∘ (R_i R_jᵀ).
+    """
+    trained = [_trained(start, movement) for movement in movements]
+    left_on = torch.cat([torch.cat([each.B_or, start.B_or], dim=1) for each in movements], dim=1)
+    right_ni = torch.cat(
+        [torch.cat([new.A_ri, moved.A_ri]) for new, moved in zip(trained, movements, strict=True)]
+    )
+    products = (left_on.T @ left_on) * (right_ni @ right_ni.T)
+    count, width = len(movements), 2 * start.A_ri.shape[0]
+    return products.reshape(count, width, count, width).sum(dim=(1, 3))
+
+
+def combined_square_sum(
+    start: Factors, movements: Sequence[Factors], coefficients: Sequence[torch.Tensor]
+) -> float:
+    """‖Σ_i Σ_p κ_ip (b_ip a_ip − b₀_p a₀_p)‖², arguments as of ``merge_pair``; no large numbers cancel."""
+    moved_ri = torch.zeros_like(start.A_ri)
+    for movement, coefficient_r in zip(movements, coefficients, strict=True):
+        moved_ri[: len(coefficient_r)] += movement.A_ri * coefficient_r[:, None]
+    scaled = [each.B_or * coefficient_r for each, coefficient_r in zip(movements, coefficients, strict=True)]
+    left_on = torch.cat([start.B_or, *scaled], dim=1)
+    right_ni = torch.cat([moved_ri, *(_trained(start, each).A_ri for each in movements)], dim=0)
+    return _square_sum(left_on, right_ni)
+
+
+def _trained(start: Factors, movement: Factors) -> Factors:
+    rank = movement.A_ri.shape[0]
+    return Factors(start.B_or[:, :rank] + movement.B_or, start.A_ri[:rank] + movement.A_ri)
+
+
+def _square_sum(left_on: torch.Tensor, right_ni: torch.Tensor) -> float:
+    return max(0.0, float(((left_on.T @ left_on) * (right_ni @ right_ni.T)).sum()))
 
 
 def recompress(left_on: torch.Tensor, right_ni: torch.Tensor, *, near_ri: torch.Tensor) -> Recompressed:

@@ -11,35 +11,53 @@ Legend: W = updates, N = elements of a tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from weft.common.modules import Schema, TensorSpec
+from weft.server.merge.selection import BLOCK_ELEMENTS, MAGNITUDE, Bits, Read, index_of_equal, kth_largest
 from weft.server.merge.settings import Clip, MergeSettings, Trim
-from weft.server.merge.tiles import Float32, Update, spans
+from weft.server.merge.tiles import Float32, Scratch, Update, spans
 
-_BLOCK_ELEMENTS: Final = 1 << 16
-"""Sums over a tensor are taken over blocks of this length, whatever the tile: their rounding is the same."""
+_SQUARES_MIN: Final = 1e-20
+"""Float32 sums of squares below this have lost small ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What trimming keeps: magnitudes above ``threshold``, and those at it up to ``last_index``."""
+    """What trimming keeps: magnitudes above a threshold, and those at it up to ``last_index``."""
 
-    threshold: float
+    bits: int
+    """Of the smallest kept magnitude, as float32; at least 1, since zeros are never kept."""
     last_index: int
+    """Of the last kept element that is as large as the threshold."""
+    outliers: Cut | None = None
+    """What is dropped of that: all that this one keeps."""
 
-    def apply(self, values_T: Float32, start: int) -> Float32:
-        """Zero what is trimmed of the tile that begins at element ``start``."""
-        magnitude_T = np.abs(values_T)
-        threshold = np.float32(self.threshold)
-        num_at_threshold = max(0, self.last_index + 1 - start)
-        keep_T = np.greater_equal(magnitude_T, threshold)
-        np.greater(magnitude_T[num_at_threshold:], threshold, out=keep_T[num_at_threshold:])
-        return np.where(keep_T, values_T, np.float32(0))
+    @property
+    def threshold(self) -> float:
+        """The smallest kept magnitude."""
+        return float(np.int32(self.bits).view(np.float32))
+
+    def apply(self, values_T: Float32, start: int, scratch: Scratch) -> Float32:
+        """The tile that begins at element ``start`` with zeros for what is trimmed, in scratch "trimmed"."""
+        kept = self._apply(values_T.view(np.int32), start, scratch.take("trimmed", len(values_T), np.int32))
+        if self.outliers is not None:
+            dropped = scratch.take("outliers", len(values_T), np.int32)
+            np.bitwise_xor(kept, self.outliers._apply(values_T.view(np.int32), start, dropped), out=kept)
+        return kept.view(np.float32)
+
+    def _apply(self, values: Bits, start: int, out: Bits) -> Bits:
+        kept = np.bitwise_and(values, MAGNITUDE, out=out)
+        split = min(max(0, self.last_index + 1 - start), len(values))
+        # Threshold − magnitude, less one, is negative exactly where it is kept: spread its sign over all bits.
+        np.subtract(np.int32(self.bits - 1), kept[:split], out=kept[:split])
+        np.subtract(np.int32(self.bits), kept[split:], out=kept[split:])
+        np.right_shift(kept, 31, out=kept)
+        return np.bitwise_and(values, kept, out=kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +65,7 @@ class TensorMeasure:
     """One tensor of one update, measured."""
 
     square_sum: float
-    """Σ movement², float64."""
+    """Σ movement²."""
     fisher_sum: float
     """Σ Fisher; 0 unless the rule needs it."""
     num_kept: int
@@ -56,44 +74,71 @@ class TensorMeasure:
     """What trimming keeps; None when nothing is trimmed."""
 
 
-def find_cut(values_N: Float32, trim: Trim) -> tuple[Cut, int]:
+def find_cut(read: Read, size: int, trim: Trim, scratch: Scratch) -> tuple[Cut, int]:
     """The cut that keeps a tensor's largest magnitudes, and how many of them are not zero.
 
     With ``keeps_ties`` as the authors of TIES: the threshold is the ⌊N density⌋ + 1 st largest magnitude and
     everything as large is kept. Without: exactly max(1, ⌊N density⌋) elements, the first of equal ones.
+    With ``outliers`` the ⌊N outliers⌋ largest are dropped, and those that follow kept in their place.
     """
-    size = len(values_N)
-    count = int(size * trim.density)
-    if count == size:
-        return Cut(0.0, size - 1), int(np.count_nonzero(values_N))
+    count, num_outliers = int(size * trim.density), int(size * trim.outliers)
     count = count + 1 if trim.keeps_ties else max(1, count)
-    partitioned_N = np.abs(values_N)
-    partitioned_N.partition(size - count)
-    threshold = partitioned_N[size - count]
-    num_above = int(np.count_nonzero(partitioned_N[size - count :] > threshold))
-    num_at = int(np.count_nonzero(partitioned_N == threshold))
-    last_index = size - 1
-    if not trim.keeps_ties and num_above + num_at > count:
-        num_at = count - num_above
-        last_index = int(np.flatnonzero(np.abs(values_N) == threshold)[num_at - 1])
-    return Cut(float(threshold), last_index), num_above + (num_at if threshold > 0 else 0)
+    cut, num_kept = _largest(read, size, min(size, count + num_outliers), scratch, keeps_ties=trim.keeps_ties)
+    if not num_outliers:
+        return cut, num_kept
+    outliers, num_dropped = _largest(read, size, num_outliers, scratch, keeps_ties=False)
+    return Cut(cut.bits, cut.last_index, outliers), num_kept - num_dropped
 
 
-def measure_tensor(update: Update, spec: TensorSpec, *, trim: Trim | None, fisher: bool) -> TensorMeasure:
-    """Measure one tensor of one update; reads it once, whole only if it has to be trimmed."""
-    squares, fishers, num_kept = [], [], 0
-    for start, stop in spans(spec.size, _BLOCK_ELEMENTS):
-        values = update.tile(spec.name, start, stop)
-        num_kept += int(np.count_nonzero(values))
-        squares.append(float(np.square(values, dtype=np.float64).sum()))
-        if fisher:
-            fishers.append(float(update.fisher_tile(spec.name, start, stop).astype(np.float64).sum()))
-    cut = None
+def _largest(read: Read, size: int, count: int, scratch: Scratch, *, keeps_ties: bool) -> tuple[Cut, int]:
+    """The cut that keeps the ``count`` largest, and how many of them are not zero."""
+    kth = kth_largest(read, size, count, scratch)
+    if kth.bits == 0:
+        return Cut(1, size - 1), kth.num_above
+    if keeps_ties or kth.num_above + kth.num_equal == count:
+        return Cut(kth.bits, size - 1), kth.num_above + kth.num_equal
+    last_index = index_of_equal(read, size, kth.bits, count - kth.num_above, scratch)
+    return Cut(kth.bits, last_index), count
+
+
+def measure_tensor(
+    update: Update, spec: TensorSpec, scratch: Scratch, *, trim: Trim | None, fisher: bool, norms: bool
+) -> TensorMeasure:
+    """Measure one tensor of one update, in blocks; what is not asked for stays 0."""
+    square_sum, fisher_sum, num_kept, cut = 0.0, 0.0, 0, None
+    if norms:
+        square_sum, num_kept = _squares(update, spec, scratch)
+    if fisher:
+        sums = (update.fisher_tile(spec.name, *span).sum(dtype=np.float64) for span in _spans(spec))
+        fisher_sum = math.fsum(map(float, sums))
     if trim is not None and not update.sparse:
-        cut, num_kept = find_cut(update.tile(spec.name, 0, spec.size), trim)
-    return TensorMeasure(
-        square_sum=math.fsum(squares), fisher_sum=math.fsum(fishers), num_kept=num_kept, cut=cut
-    )
+        cut, num_kept = find_cut(lambda *span: update.tile(spec.name, *span), spec.size, trim, scratch)
+    return TensorMeasure(square_sum=square_sum, fisher_sum=fisher_sum, num_kept=num_kept, cut=cut)
+
+
+def _spans(spec: TensorSpec) -> Iterator[tuple[int, int]]:
+    """Sums over a tensor are taken over these blocks, whatever the tile: their rounding is the same."""
+    return spans(spec.size, BLOCK_ELEMENTS)
+
+
+def _squares(update: Update, spec: TensorSpec, scratch: Scratch) -> tuple[float, int]:
+    """Σ movement² of a tensor, and how many elements are not zero."""
+    squares, num_nonzero = [], 0
+    for start, stop in _spans(spec):
+        sparse = update.sparse_tile(spec.name, start, stop)
+        values = update.tile(spec.name, start, stop) if sparse is None else sparse[1]
+        flags = scratch.take("flags", len(values), np.bool_)
+        count = int(np.count_nonzero(np.not_equal(values, 0, out=flags)))
+        squares.append(square_sum(values, scratch) if count else 0.0)
+        num_nonzero += count
+    return math.fsum(squares), num_nonzero
+
+
+def square_sum(values: Float32, scratch: Scratch) -> float:
+    """Σ values² of a block: in float32, which is faster, unless that loses small ones or overflows."""
+    with np.errstate(over="ignore", under="ignore"):
+        total = float(np.add.reduce(np.square(values, out=scratch.take("squares", len(values), np.float32))))
+    return total if _SQUARES_MIN < total < math.inf else float(np.square(values, dtype=np.float64).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +155,10 @@ class UpdateMeasure:
     """Share of elements that are not zero once trimmed."""
     cuts: Mapping[str, Cut | None]
     """What trimming keeps, by tensor."""
+    square_sums: Mapping[str, float]
+    """Σ movement², by tensor."""
+    change_squares: Mapping[tuple[str, str], float]
+    """‖B A − B₀ A₀‖², by the names of the LoRA pair."""
 
 
 def update_measure(
@@ -118,7 +167,7 @@ def update_measure(
     """Put together what was measured of an update.
 
     Args:
-        schema: The module's tensors.
+        schema: The update's tensors: the module's, or nested slices of them.
         tensors: One measure for each, in the order of ``schema``.
         change_squares: ‖B A − B₀ A₀‖² of each LoRA pair, in the order of ``schema.lora_pairs``.
         scaling: ΔW = scaling · B A.
@@ -132,6 +181,8 @@ def update_measure(
         fisher_mean=math.fsum(measure.fisher_sum for measure in tensors) / max(1, schema.num_parameters),
         kept=sum(measure.num_kept for measure in tensors) / max(1, schema.num_parameters),
         cuts={spec.name: measure.cut for spec, measure in named},
+        square_sums={spec.name: measure.square_sum for spec, measure in named},
+        change_squares=dict(zip(schema.lora_pairs, change_squares, strict=True)),
     )
 
 

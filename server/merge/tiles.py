@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from weft.common.modules import Schema
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 Float64: TypeAlias = npt.NDArray[np.float64]
+Indices: TypeAlias = npt.NDArray[np.int64]
+
+D = TypeVar("D", bound=np.generic)
 
 WORKING_ELEMENTS: Final = 1 << 18
 """Elements of a tile over all updates: as float64 they fit a core's second-level cache."""
@@ -63,8 +66,20 @@ class Update(Protocol):
         """Whether the worker has trimmed it already, so that no rule trims it again."""
         ...
 
+    @property
+    def rank(self) -> int | None:
+        """Rank of its LoRA factors, A[:rank] and B[:, :rank] of the module's; None: the module's own."""
+        ...
+
     def tile(self, name: str, start: int, stop: int) -> Float32:
-        """The movement of elements ``start:stop`` of tensor ``name``, flat in C order."""
+        """The movement of elements ``start:stop`` of tensor ``name``, flat in C order.
+
+        Of a smaller rank, the elements are those of its own, smaller tensor (``Schema.at_rank``).
+        """
+        ...
+
+    def sparse_tile(self, name: str, start: int, stop: int) -> tuple[Indices, Float32] | None:
+        """The same as (positions from ``start`` on, ascending; values); None where it is held dense."""
         ...
 
     def fisher_tile(self, name: str, start: int, stop: int) -> Float32:
@@ -112,6 +127,8 @@ class ArrayUpdate:
     """What it counts for."""
     sparse: bool = False
     """Whether it is trimmed already."""
+    rank: int | None = None
+    """Rank of its LoRA factors; None: the module's own."""
     fisher: Arrays | None = None
     """Diagonal Fisher by tensor name."""
 
@@ -119,11 +136,38 @@ class ArrayUpdate:
         """The movement of elements ``start:stop``."""
         return self.deltas.tile(name, start, stop)
 
+    def sparse_tile(self, _name: str, _start: int, _stop: int) -> tuple[Indices, Float32] | None:
+        """None: arrays are dense."""
+        return None
+
     def fisher_tile(self, name: str, start: int, stop: int) -> Float32:
         """The Fisher of elements ``start:stop``; ValueError when there is none."""
         if self.fisher is None:
             raise ValueError(f"the update of {self.worker_id} carries no Fisher")
         return self.fisher.tile(name, start, stop)
+
+
+class Scratch:
+    """Arrays of one thread that are used again: fresh ones cost more in page faults than the arithmetic.
+
+    What was taken under a name holds until the name is taken again.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, type[np.generic]], npt.NDArray[Any]] = {}
+
+    def take(self, name: str, size: int, dtype: type[D]) -> npt.NDArray[D]:
+        """An array of ``size`` elements of ``dtype``; it holds anything."""
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name, dtype] = np.empty(size, dtype)
+        return buffer[:size]
+
+    def zeros(self, name: str, size: int, dtype: type[D]) -> npt.NDArray[D]:
+        """The same, filled with zeros."""
+        buffer = self.take(name, size, dtype)
+        buffer.fill(0)
+        return buffer
 
 
 def spans(size: int, length: int) -> Iterator[tuple[int, int]]:

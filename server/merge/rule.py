@@ -1,0 +1,56 @@
+"""What a merge rule is.
+
+Legend: W = updates, T = elements of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+from weft.server.merge.movements import Movements
+from weft.server.merge.settings import LoraSpace, RuleParameters
+from weft.server.merge.tiles import Float32, Float64
+
+Grams: TypeAlias = Mapping[str, Float64]
+"""⟨v_i, v_j⟩ of the clipped movements of a tensor, float64 [W, W], by name; of ΔW, under the name of its A."""
+Merged: TypeAlias = Float32 | Float64
+"""A merged movement of a tile [T]."""
+P = TypeVar("P", bound=RuleParameters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRule(Generic[P]):
+    """One row of ``RULES``."""
+
+    name: str
+    """What ``merge.rule`` says."""
+    title: str
+    """One line for people."""
+    paper: str
+    """Where it is defined."""
+    merge: Callable[[Movements, int, P], Merged]
+    """(a tile of every update, what the survey counted, parameters) → the merged movement [T]."""
+    survey: Callable[[Movements, P], tuple[int, Merged | None]] | None = None
+    """If the parameters say so: (a tile, parameters) → a whole number, added up over the module, and the
+    merged movement where the sum cannot matter to it."""
+    linear: Callable[[int, P], float] | None = None
+    """(updates, parameters) → what the weighted mean is multiplied by, for rules that are nothing else: they
+    alone can merge LoRA as ΔW. Others would need a dense ΔW."""
+    choose: Callable[[Grams, Float64, P], Mapping[str, Float64]] | None = None
+    """(inner products of the updates by tensor [W, W], weights [W], parameters) → weights by tensor [W], that
+    the rule is then run with."""
+    row_by_row: bool = False
+    """It takes one update after the other, so that tiles need not be shorter where there are more."""
+    needs_fisher: bool = False
+    """Workers send the diagonal Fisher beside the update: 8 bits a parameter."""
+    robust: bool = False
+    """Bounded under a minority of arbitrary updates even without clipping."""
+    secure_aggregation: bool = False
+    """Can be computed from sums over workers alone."""
+
+    @property
+    def spaces(self) -> frozenset[LoraSpace]:
+        """Where it can merge LoRA factors."""
+        return frozenset(LoraSpace) if self.linear else frozenset({LoraSpace.FACTORS})

@@ -1,0 +1,332 @@
+"""Rules that trim, drop or elect, for modules trained on different tasks.
+
+Legend: W = updates, T = elements of a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from weft.common.modules import TensorSpec
+from weft.server.merge import masks
+from weft.server.merge.linear import weighted_mean
+from weft.server.merge.movements import Contributor, Movements, Row, Thin
+from weft.server.merge.rule import MergeRule
+from weft.server.merge.settings import (
+    BreadcrumbsParameters,
+    DareParameters,
+    DellaParameters,
+    MergeRuleName,
+    RuleParameters,
+    TiesConvention,
+    TiesParameters,
+)
+from weft.server.merge.tiles import Float32, Indices, Scratch
+
+Counts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+
+_UINT8_MAX: Final = 255
+
+
+@dataclass(slots=True)
+class SignedSums:
+    """Sums of what is positive and of what is negative, coordinate by coordinate: all that an election needs."""
+
+    positive: Float32
+    """Σ weight · value over positive values, [T]."""
+    negative: Float32
+    """The same over negative ones, ≤ 0."""
+    num_positive: Counts
+    """How many values are positive, [T]."""
+    num_negative: Counts
+    """How many are negative."""
+
+    @classmethod
+    def zeros(cls, size: int, num_updates: int, scratch: Scratch) -> SignedSums:
+        """Nothing added up yet."""
+        # One byte a count is four times as fast, and enough for nearly every round.
+        kind: type[np.unsignedinteger[Any]] = np.uint8 if num_updates <= _UINT8_MAX else np.uint32
+        return cls(
+            scratch.zeros("positive", size, np.float32),
+            scratch.zeros("negative", size, np.float32),
+            scratch.zeros("num_positive", size, kind),
+            scratch.zeros("num_negative", size, kind),
+        )
+
+    def add(self, row: Row, factor: float, scratch: Scratch) -> None:
+        """Add ``factor`` times the raw values of a row."""
+        if row.indices is not None:
+            self._add_sparse(row.indices, row.raw * np.float32(factor))
+            return
+        values = row.raw
+        if factor != 1:
+            values = np.multiply(
+                values, np.float32(factor), out=scratch.take("scaled", len(values), np.float32)
+            )
+        bits = values.view(np.int32)
+        part, flags = scratch.take("part", len(bits), np.int32), scratch.take("flags", len(bits), np.bool_)
+        np.right_shift(bits, 31, out=part)  # all ones where negative
+        np.bitwise_and(bits, part, out=part)
+        negative = part.view(np.float32)
+        np.add(self.negative, negative, out=self.negative)
+        _count(self.num_negative, np.not_equal(negative, 0, out=flags))
+        np.bitwise_xor(bits, part, out=part)
+        positive = part.view(np.float32)
+        np.add(self.positive, positive, out=self.positive)
+        _count(self.num_positive, np.not_equal(positive, 0, out=flags))
+
+    def _add_sparse(self, indices: Indices, values: Float32) -> None:
+        for sums, counts, chosen in (
+            (self.positive, self.num_positive, values > 0),
+            (self.negative, self.num_negative, values < 0),
+        ):
+            places = indices[chosen]
+            sums[places] += values[chosen]
+            counts[places] += 1
+
+
+def _count(counts: Counts, flags: npt.NDArray[np.bool_]) -> None:
+    np.add(counts, flags.view(np.uint8), out=counts)
+
+
+def _signed_sums(movements: Movements) -> SignedSums:
+    """Sums and counts of the clipped values, unweighted."""
+    sums = SignedSums.zeros(movements.size, len(movements.contributors), movements.scratch)
+    for row in movements.rows():
+        sums.add(row, row.clip, movements.scratch)
+    return sums
+
+
+def ties(movements: Movements, survey: int, parameters: TiesParameters) -> Float32:
+    """TIES on trimmed movements: elect a sign, average what agrees with it (arXiv 2306.01708, section 3).
+
+    | convention | the sign is that of | a tie is | the average divides by |
+    |---|---|---|---|
+    | official | the sum | the majority sign of the module, − if that ties too | agreeing weights |
+    | peft | the sum | + | the share of updates that agree, weights stay in the numerator |
+    | mergekit | the weighted sum | + | agreeing weights |
+    | frequency | the sum of signs | + | as peft |
+
+    With equal weights all but the last are the same where no masses tie. Zeros agree with nobody.
+    """
+    tie_is_positive = survey > 0 or parameters.convention is not TiesConvention.OFFICIAL
+    return elect(movements, _signed_sums(movements), parameters, tie_is_positive=tie_is_positive)
+
+
+def elect(
+    movements: Movements, sums: SignedSums, parameters: TiesParameters, *, tie_is_positive: bool
+) -> Float32:
+    """The average of what has the elected sign."""
+    scratch, size, convention = movements.scratch, movements.size, parameters.convention
+    elected_T = scratch.take("elected", size, np.bool_)
+    equal = len(set(movements.weights.tolist())) == 1
+    if convention is TiesConvention.FREQUENCY:
+        np.greater_equal(sums.num_positive, sums.num_negative, out=elected_T)
+    elif convention is TiesConvention.MERGEKIT and not equal:
+        np.greater_equal(weighted_mean(movements, 1.0), 0, out=elected_T)
+    else:
+        mass_T = np.add(sums.positive, sums.negative, out=scratch.take("mass", size, np.float32))
+        (np.greater_equal if tie_is_positive else np.greater)(mass_T, 0, out=elected_T)
+    if equal:
+        chosen_T, counts_T = _choose(sums, elected_T, scratch)
+    else:
+        by_weight = convention in (TiesConvention.OFFICIAL, TiesConvention.MERGEKIT)
+        chosen_T, counts_T = _weighted(movements, elected_T, by_weight=by_weight)
+    np.divide(chosen_T, counts_T, out=chosen_T)
+    return np.multiply(chosen_T, np.float32(parameters.scale), out=chosen_T)
+
+
+def _choose(sums: SignedSums, elected_T: npt.NDArray[np.bool_], scratch: Scratch) -> tuple[Float32, Float32]:
+    """Sum and count of what has the elected sign, where counts are at least 1."""
+    # Bits of the positive sum where the sign is +, of the negative one elsewhere: np.where is ten times slower.
+    mask_T = np.negative(
+        elected_T.view(np.int8), dtype=np.int32, out=scratch.take("part", len(elected_T), np.int32)
+    )
+    chosen_T = np.bitwise_xor(
+        sums.positive.view(np.int32),
+        sums.negative.view(np.int32),
+        out=scratch.take("chosen", len(elected_T), np.int32),
+    )
+    np.bitwise_and(chosen_T, mask_T, out=chosen_T)
+    np.bitwise_xor(chosen_T, sums.negative.view(np.int32), out=chosen_T)
+    counts_T = np.subtract(sums.num_positive, sums.num_negative, out=sums.num_positive)
+    np.multiply(counts_T, elected_T.view(np.uint8), out=counts_T)
+    np.add(counts_T, sums.num_negative, out=counts_T)
+    np.maximum(counts_T, 1, out=counts_T)
+    divisor_T = scratch.take("divisor", len(elected_T), np.float32)
+    np.copyto(divisor_T, counts_T)
+    return chosen_T.view(np.float32), divisor_T
+
+
+def _weighted(
+    movements: Movements, elected_T: npt.NDArray[np.bool_], *, by_weight: bool
+) -> tuple[Float32, Float32]:
+    """Weighted sum of what agrees, and what to divide it by: agreeing weights, or the share of updates; never 0."""
+    chosen_T, counts_T = np.zeros(movements.size, np.float32), np.zeros(movements.size, np.float32)
+    positive_T = np.where(elected_T, np.float32(1), np.float32(-1))
+    each = 1 / len(movements.contributors)
+    for row in movements.rows():
+        if row.indices is None:
+            agreeing_T = row.values * positive_T > 0
+            chosen_T += row.raw * agreeing_T * np.float32(row.factor)
+            counts_T += agreeing_T * np.float32(row.weight if by_weight else each)
+        else:
+            agreeing = row.raw * positive_T[row.indices] > 0
+            places = row.indices[agreeing]
+            chosen_T[places] += row.raw[agreeing] * np.float32(row.factor)
+            counts_T[places] += np.float32(row.weight if by_weight else each)
+    counts_T[counts_T == 0] = 1
+    return chosen_T, counts_T
+
+
+def sign_balance(movements: Movements, parameters: TiesParameters) -> tuple[int, Float32 | None]:
+    """Coordinates of positive mass less those of negative mass: its sign is the module's majority sign.
+
+    It matters only where masses tie, which they hardly do: elsewhere the tile is merged at once.
+    """
+    sums, flags = _signed_sums(movements), movements.scratch.take("flags", movements.size, np.bool_)
+    mass_T = np.add(
+        sums.positive, sums.negative, out=movements.scratch.take("mass", movements.size, np.float32)
+    )
+    num_positive = int(np.count_nonzero(np.greater(mass_T, 0, out=flags)))
+    num_zero = int(np.count_nonzero(np.equal(mass_T, 0, out=flags)))
+    balance = 2 * num_positive + num_zero - movements.size
+    # Where masses tie and are not of zeros alone.
+    if num_zero and np.any(sums.num_positive * flags.view(np.uint8)):
+        return balance, None
+    return balance, elect(movements, sums, parameters, tie_is_positive=True)
+
+
+def sign_majority(movements: Movements, _survey: int, _parameters: RuleParameters) -> Float32:
+    """The sign that most weight votes for, times the weighted mean magnitude (signSGD, arXiv 1810.05291).
+
+    A tie does not move. Of updates coded as signs the mean magnitude is the mean of their scales.
+    """
+    scratch, size = movements.scratch, movements.size
+    votes_T, total_T = scratch.zeros("votes", size, np.float32), scratch.zeros("total", size, np.float32)
+    for row in movements.rows():
+        weight, factor = np.float32(row.weight), np.float32(row.factor)
+        if row.indices is None:
+            votes_T += np.sign(row.raw) * weight
+            total_T += np.abs(row.raw) * factor
+        else:
+            votes_T[row.indices] += np.sign(row.raw) * weight
+            total_T[row.indices] += np.abs(row.raw) * factor
+    return np.multiply(np.sign(votes_T), total_T, out=total_T)
+
+
+def dare(movements: Movements, _survey: int, parameters: DareParameters) -> Float32:
+    """Drop elements by chance, divide the rest by the density, take the weighted mean (arXiv 2311.03099)."""
+    thinned = dataclasses.replace(movements, thin=_dare(parameters))
+    return weighted_mean(thinned, parameters.scale)
+
+
+def dare_ties(movements: Movements, _survey: int, parameters: DareParameters) -> Float32:
+    """DARE, then the election and the average of TIES as peft does them, without its trim."""
+    thinned = dataclasses.replace(movements, thin=_dare(parameters))
+    ties_parameters = TiesParameters(convention=TiesConvention.PEFT, scale=parameters.scale)
+    return elect(thinned, _signed_sums(thinned), ties_parameters, tie_is_positive=True)
+
+
+def _dare(parameters: DareParameters) -> Thin:
+    num_words = masks.words_of(parameters.density)
+    inverse = np.float32(masks.NUM_WORDS / num_words)
+
+    def thin(contributor: Contributor, spec: TensorSpec, start: int, stop: int, values_T: Float32) -> Float32:
+        words_T = masks.chances(contributor.update, spec.name, parameters.seed, start, stop)
+        return values_T * (words_T < num_words) * inverse
+
+    return thin
+
+
+def della(movements: Movements, _survey: int, parameters: DellaParameters) -> Float32:
+    """Drop small elements of a row more often than large ones, divide each by its chance (arXiv 2406.11617).
+
+    The chance to stay runs linearly from density − ε for a row's smallest magnitude to density + ε for its
+    largest, the earlier of equal ones smaller. A tensor without rows is one row.
+    """
+    return weighted_mean(dataclasses.replace(movements, thin=_della(parameters)), parameters.scale)
+
+
+def _della(parameters: DellaParameters) -> Thin:
+    def thin(contributor: Contributor, spec: TensorSpec, start: int, stop: int, values_T: Float32) -> Float32:
+        width = spec.shape[-1]
+        first, last = start // width * width, -(-stop // width) * width
+        whole = contributor.tile(spec, first, last, Scratch()) if last - first > stop - start else values_T
+        order = np.argsort(np.abs(whole).reshape(-1, width), axis=1, kind="stable")
+        ranks = np.empty_like(order)
+        np.put_along_axis(ranks, order, np.arange(width)[np.newaxis], axis=1)
+        low, spread = parameters.density - parameters.spread, 2 * parameters.spread
+        share = low + spread * ranks.reshape(-1)[start - first : stop - first] / max(1, width - 1)
+        num_words_T = np.maximum(1, np.rint(share * masks.NUM_WORDS)).astype(np.float32)
+        words_T = masks.chances(contributor.update, spec.name, parameters.seed, start, stop)
+        return values_T * (words_T < num_words_T) * (np.float32(masks.NUM_WORDS) / num_words_T)
+
+    return thin
+
+
+def breadcrumbs(movements: Movements, _survey: int, parameters: BreadcrumbsParameters) -> Float32:
+    """The sum of movements without their outliers and without what is small (arXiv 2312.06795, section 3).
+
+    Tensor by tensor, as mergekit; the authors' code trims row by row.
+    """
+    return weighted_mean(movements, parameters.scale * len(movements.contributors))
+
+
+ROWS: Final[tuple[MergeRule[Any], ...]] = (
+    MergeRule(
+        name=MergeRuleName.TIES,
+        title="TIES: trim, elect a sign, average what agrees",
+        paper="https://arxiv.org/abs/2306.01708",
+        merge=ties,
+        survey=sign_balance,
+        row_by_row=True,
+        secure_aggregation=True,
+    ),
+    MergeRule(
+        name=MergeRuleName.SIGN_MAJORITY,
+        title="The majority's sign, the mean's size",
+        paper="https://arxiv.org/abs/1810.05291",
+        merge=sign_majority,
+        row_by_row=True,
+        secure_aggregation=True,
+    ),
+    MergeRule(
+        name=MergeRuleName.DARE,
+        title="DARE: drop by chance, rescale, average",
+        paper="https://arxiv.org/abs/2311.03099",
+        merge=dare,
+        row_by_row=True,
+        secure_aggregation=True,
+    ),
+    MergeRule(
+        name=MergeRuleName.DARE_TIES,
+        title="DARE, then the election of TIES",
+        paper="https://arxiv.org/abs/2311.03099",
+        merge=dare_ties,
+        row_by_row=True,
+        secure_aggregation=True,
+    ),
+    MergeRule(
+        name=MergeRuleName.DELLA,
+        title="DELLA: drop by chance, small magnitudes more often",
+        paper="https://arxiv.org/abs/2406.11617",
+        merge=della,
+        row_by_row=True,
+        secure_aggregation=True,
+    ),
+    MergeRule(
+        name=MergeRuleName.BREADCRUMBS,
+        title="Model breadcrumbs: neither outliers nor what is small",
+        paper="https://arxiv.org/abs/2312.06795",
+        merge=breadcrumbs,
+        row_by_row=True,
+        secure_aggregation=True,
+    ),
+)
+"""The sparse rows of ``RULES``."""
