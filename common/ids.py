@@ -82,27 +82,33 @@ class Path:
 
 @dataclass(frozen=True, slots=True)
 class ModuleRef:
-    """What people type to name a module: ``RUN``, ``RUN/0.0``, ``RUN/path:0.0``, each with ``@VERSION`` or without."""
+    """What people type: ``RUN``, ``RUN/0.0``, ``RUN/path:0.0``, with ``@VERSION`` or without; a path also ``@best``."""
 
     run: RunId
     module: ModuleKey | None = None
     path: Path | None = None
     version: int | None = None
+    best: bool = False
+    """The versions of a path with the lowest loss on its held-out data."""
 
     def __str__(self) -> str:
         part = f"/{self.module}" if self.module else f"/path:{self.path}" if self.path else ""
-        return f"{self.run}{part}" + (f"@{self.version}" if self.version is not None else "")
+        which = "@best" if self.best else f"@{self.version}" if self.version is not None else ""
+        return f"{self.run}{part}{which}"
 
     @classmethod
     def parse(cls, text: str) -> ModuleRef:
         """Read what a person typed; raises UsageError naming the three forms."""
-        match = re.fullmatch(r"([^/@]+)(?:/([^@]+))?(?:@(\d{1,9}))?", text)
+        match = re.fullmatch(r"([^/@]+)(?:/([^@]+))?(?:@(\d{1,9}|best))?", text)
         if match is None:
             raise UsageError(
                 f"{text!r} names no module", hint="write RUN, RUN/level.expert or RUN/path:0.0, then @VERSION"
             )
         run, part, version = match.groups()
-        number = int(version) if version is not None else None
+        best = version == "best"
+        number = int(version) if version is not None and not best else None
         if part is not None and part.startswith("path:"):
-            return cls(run_id(run), path=Path.parse(part.removeprefix("path:")), version=number)
+            return cls(run_id(run), path=Path.parse(part.removeprefix("path:")), version=number, best=best)
+        if best:
+            raise UsageError(f"{text!r}: @best is for paths", hint="write RUN/path:0.0@best, or @VERSION")
         return cls(run_id(run), module=ModuleKey.parse(part) if part else None, version=number)

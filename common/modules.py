@@ -174,7 +174,7 @@ class Topology:
         num_levels = len(self.experts)
         if self.layers and sum(self.layers) != num_blocks:
             raise BaseModelError(
-                f"topology.layers is {list(self.layers)}, together {sum(self.layers)}, and the base has {num_blocks} layers",
+                f"topology.layers adds up to {sum(self.layers)} and the base has {num_blocks} layers",
                 hint=f"give numbers that add up to {num_blocks}",
             )
         if not self.layers and num_blocks % num_levels:
@@ -201,15 +201,12 @@ def _nearly_equal(total: int, parts: int) -> list[int]:
     return [total * (part + 1) // parts - total * part // parts for part in range(parts)]
 
 
-def level_of_layer(layer: int, *, num_layers: int, num_levels: int) -> int:
-    """The level of a transformer block when ``num_layers`` blocks are split into contiguous, nearly equal levels."""
-    return layer * num_levels // num_layers
-
-
 def parse_experts(text: str) -> tuple[int, ...]:
     """Read ``4x4``; raises UsageError."""
     if not re.fullmatch(r"\d{1,4}(x\d{1,4})*", text):
-        raise UsageError(f"{text!r} is not levels × experts", hint="write one number a level, for example 4x4")
+        raise UsageError(
+            f"{text!r} is not levels × experts", hint="write one number a level, for example 4x4"
+        )
     return tuple(int(part) for part in text.split("x"))
 
 

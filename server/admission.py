@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weft.common.errors import ConflictingUpdate, ForgedUpdate, LeaseLost, PermissionRefused, RoundClosed
+from weft.common.errors import (
+    ConflictingUpdate,
+    ForgedUpdate,
+    LeaseLost,
+    PermissionRefused,
+    RoundClosed,
+    UpdateTooStale,
+)
 from weft.common.ids import Digest, ModuleKey, TaskId, WorkerId
-from weft.common.protocol import RoundState
+from weft.common.protocol import Purpose, RoundState
 from weft.common.statements import UpdateStatement
 from weft.server.assignment import Lease
-from weft.server.rounds import Round
+from weft.server.rounds import Round, RoundPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,19 +93,52 @@ def check_statement(statement: UpdateStatement, lease: Lease, *, recipe_digest: 
     for field, (said, leased) in expected.items():
         if said != leased:
             raise ForgedUpdate(f"the statement's {field} is {said!r}, the lease says {leased!r}")
+    if statement.validation_loss is not None and lease.purpose is not Purpose.EVALUATE:
+        raise ForgedUpdate(f"the statement has not what a task to {lease.purpose.name.lower()} is to have")
+    if statement.holdings and lease.purpose is not Purpose.ROUTE:
+        raise ForgedUpdate("the statement says what its worker holds, and its task was another")
 
 
-def check_rounds(lease: Lease, rounds: Mapping[ModuleKey, Round]) -> None:
-    """All rounds that the lease trains must still collect; raises RoundClosed."""
+def check_rounds(lease: Lease, rounds: Mapping[ModuleKey, Round], policy: RoundPolicy) -> None:
+    """The rounds that the lease trains must still take its updates.
+
+    Raises:
+        RoundClosed: A round is over, or has all that it wants of the path.
+        UpdateTooStale: Asynchronous rounds, and the start is too many versions behind.
+    """
     for module, number in lease.rounds:
         current = rounds[module]
-        if current.number != number or current.state is not RoundState.COLLECTING:
+        if policy.asynchronous:
+            _check_staleness(lease, current, policy)
+        elif current.number != number or current.state is not RoundState.COLLECTING:
             raise RoundClosed(
                 f"round {number} of module {module} is closed; it is at round {current.number}",
                 hint="ask for another task",
             )
+        elif sum(update.path == lease.path for update in current.updates) >= policy.target:
+            raise RoundClosed(
+                f"round {number} of module {module} has the updates of path {lease.path} that it asked for",
+                hint="another worker was faster; ask for another task",
+            )
 
 
-def weight_of(num_tokens: int, *, tokens_asked: int) -> float:
-    """The weight of an update: tokens trained on, at most what was asked for: a claim cannot buy more."""
-    return float(min(max(num_tokens, 1), tokens_asked))
+def staleness(lease: Lease, current: Round) -> int:
+    """Versions that were published since the lease's start."""
+    return current.base_version - dict(lease.starts)[current.module]
+
+
+def _check_staleness(lease: Lease, current: Round, policy: RoundPolicy) -> None:
+    if current.number > policy.count:
+        raise RoundClosed(
+            f"module {current.module} has had its {policy.count} rounds", hint="ask for another task"
+        )
+    if (behind := staleness(lease, current)) > policy.staleness_max:
+        raise UpdateTooStale(
+            f"the update of {current.module} started {behind} versions ago; at most {policy.staleness_max} are taken",
+            hint="ask for another task; the operator may raise rounds.staleness_max or lower inner.steps",
+        )
+
+
+def tokens_of(num_tokens: int, *, tokens_asked: int) -> int:
+    """The tokens that count: those trained on, at most what was asked for: a claim cannot buy more."""
+    return min(max(num_tokens, 1), tokens_asked)

@@ -21,12 +21,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from weft.common.base import pin_base, resolve_source
+from weft.common.base import has_weights, pin_base, resolve_source
 from weft.common.blobs import BlobStore
 from weft.common.errors import BaseModelError, UsageError, WeftError
 from weft.common.identity.authority import CoordinatorIdentity
 from weft.common.identity.files import private_directory, write_private
 from weft.common.identity.signing import SigningKey
+from weft.common.modules import Kind
 from weft.common.protocol import Role
 from weft.common.recipe import BasePin
 from weft.common.settings import to_table
@@ -145,6 +146,8 @@ def start_run(opened: Opened, run_file: RunFile, scratch: Path, say: Callable[[s
         say(f"run {run_file.name}: resumed from the ledger")
         return
     directory = resolve_source(run_file.base.source, revision=run_file.base.revision)
+    if not has_weights(directory):
+        directory = _new_base(opened, run_file, directory, scratch.parent / "bases", say)
     is_local = Path(run_file.base.source).is_absolute()
     base = pin_base(
         directory, hub_id="" if is_local else run_file.base.source, revision=run_file.base.revision
@@ -159,12 +162,29 @@ def start_run(opened: Opened, run_file: RunFile, scratch: Path, say: Callable[[s
         "recipe": to_table(run_file.recipe(base)),
         "to": str(scratch),
         "heldout": run_file.gate.heldout,
+        "router": run_file.routing.router,
         "num_sequences_max": run_file.gate.num_sequences_max,
     }
     prepared = opened.engine.submit(job).result()
     opened.coordinator.add_run(run_file, base, directory, prepared)
     if not run_file.gate.heldout:
         say(f"run {run_file.name}: no gate.heldout, so every merged version is published without a check")
+
+
+def _new_base(opened: Opened, run_file: RunFile, source: Path, to: Path, say: Callable[[str], None]) -> Path:
+    """A base made from a configuration alone; only full modules can make something of random weights."""
+    if run_file.topology.kind is not Kind.FULL:
+        raise BaseModelError(
+            f"{source} has no weights, and adapters need a trained base",
+            hint='download the model\'s safetensors files, or set topology.kind = "full" to train from scratch',
+        )
+    private_directory(to)
+    base = to / f"{run_file.name}-{run_file.inner.seed}"
+    if not base.exists():
+        say(f"run {run_file.name}: {source} has no weights; making some from its config.json and inner.seed")
+        job = {"job": "create_base", "source": str(source), "to": str(base), "seed": run_file.inner.seed}
+        opened.engine.submit(job).result()
+    return base
 
 
 def _check_pin(run_file: RunFile, base: BasePin) -> None:

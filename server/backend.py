@@ -18,6 +18,7 @@ from weft.common.ids import Digest, WorkerId
 from weft.common.protocol import (
     BlobManifest,
     Joined,
+    Limit,
     LossPoint,
     Missing,
     PollAnswer,
@@ -124,7 +125,13 @@ class Backend(Protocol):
     # --- workers ---
 
     def poll_task(
-        self, caller: Caller, *, wait_s: float, unable: tuple[Unable, ...], tokens_per_s: float
+        self,
+        caller: Caller,
+        *,
+        wait_s: float,
+        unable: tuple[Unable, ...],
+        limits: tuple[Limit, ...],
+        tokens_per_s: float,
     ) -> PollAnswer:
         """Answer at once; the service asks again after each change of ``work`` until ``wait_s`` are over."""
 

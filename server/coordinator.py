@@ -20,6 +20,7 @@ from weft.common.manifest import Signed
 from weft.common.protocol import (
     BlobManifest,
     Joined,
+    Limit,
     LossPoint,
     Missing,
     PollAnswer,
@@ -178,11 +179,17 @@ class Coordinator:
     # ---- work ----------------------------------------------------------------------------------------------------
 
     def poll_task(
-        self, caller: Caller, *, unable: tuple[Unable, ...], tokens_per_s: float, **_: float
+        self,
+        caller: Caller,
+        *,
+        unable: tuple[Unable, ...],
+        tokens_per_s: float,
+        limits: tuple[Limit, ...] = (),
+        **_: float,
     ) -> PollAnswer:
         """A task, the caller's own when it holds a lease, or a reason to wait."""
         with self._lock:
-            self._leasing.note(caller, unable=unable, tokens_per_s=tokens_per_s)
+            self._leasing.note(caller, unable=unable, tokens_per_s=tokens_per_s, limits=limits)
             self._tick()
             return self._leasing.poll(caller)
 
@@ -233,8 +240,8 @@ class Coordinator:
             self.state.seen(caller)
             if (first := self._intake.first_receipt(submission)) is not None:
                 return first
-            _, run = self._intake.admit(submission)
-        norms = self._intake.screen(caller, run, submission)
+            lease, run = self._intake.admit(submission)
+        norms = self._intake.screen(caller, lease, run, submission)
         with self._lock:
             # Screening takes long: the lease may have ended, or the same statement may have come twice.
             if (first := self._intake.first_receipt(submission)) is not None:
@@ -285,6 +292,7 @@ class Coordinator:
                 manifests=manifests,
                 coordinator_public_key=self.state.identity.signing_key.public,
                 endorsement=self.state.identity.endorse_signing_key(),
+                router=run.router,
             )
 
     def list_versions(self, caller: Caller, *, run_id: str, module: str) -> tuple[Signed, ...]:
@@ -323,7 +331,7 @@ class Coordinator:
                 coordinator=self.name,
                 started_at=self.started_at,
                 taken_at=clock.now(),
-                runs=run_statuses(runs, leases),
+                runs=run_statuses([(run, self.state.view(run)) for run in runs], leases),
                 workers=worker_statuses(
                     workers, self.state.live, leases, accepted=accepted, now_s=clock.monotonic()
                 ),
@@ -337,4 +345,5 @@ class Coordinator:
         """Past and present rounds; raises NotFound."""
         with self._lock:
             run = self.state.visible_run(caller, run_id)
-            return round_statuses(run, tuple(self.leases.values()), module=module)
+            view = self.state.view(run)
+            return round_statuses(run, view, tuple(self.leases.values()), module=module)

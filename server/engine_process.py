@@ -23,17 +23,28 @@ import torch
 from weft.common.codec import UpdateFile
 from weft.common.composition import ResidentBase, describe
 from weft.common.errors import EngineFailed, WeftError
-from weft.common.evaluation import evaluate, load_heldout, paired_difference
+from weft.common.evaluation import (
+    Evaluation,
+    evaluate,
+    load_heldout,
+    paired_difference,
+    route_heldout,
+    together,
+)
+from weft.common.export import create_base
 from weft.common.ids import ModuleKey
-from weft.common.initial import initial_tensors
+from weft.common.ids import Path as ModulePath
+from weft.common.initial import initial_module
 from weft.common.modules import Schema, TensorSpec, Topology
 from weft.common.recipe import Recipe
+from weft.common.routing import check_router, read_router
+from weft.common.sequences import Sequences
 from weft.common.settings import from_table, to_table
 from weft.common.tensors import Float32Array, open_module, write_module
 from weft.server.merge.engine import MergeReport, OuterState, merge_module
 from weft.server.merge.settings import MergeSettings
-from weft.server.merge.tiles import Arrays
-from weft.server.outer import OuterSettings
+from weft.server.merge.tiles import Arrays, Indices
+from weft.server.outer import OuterSettings, outer_schema
 
 Job = Mapping[str, Any]
 Result = dict[str, Any]
@@ -46,6 +57,7 @@ class _FileUpdate:
     worker_id: str
     task_id: str
     weight: float
+    rank: int | None
     file: UpdateFile
 
     @property
@@ -54,6 +66,9 @@ class _FileUpdate:
 
     def tile(self, name: str, start: int, stop: int) -> Float32Array:
         return self.file.tile(name, start, stop)
+
+    def sparse_tile(self, name: str, start: int, stop: int) -> tuple[Indices, Float32Array] | None:
+        return self.file.sparse_tile(name, start, stop) if self.file.sparse else None
 
     def fisher_tile(self, name: str, start: int, stop: int) -> Float32Array:
         return self.file.fisher_tile(name, start, stop)
@@ -64,27 +79,37 @@ class Jobs:
 
     def __init__(self) -> None:
         self._bases: dict[str, ResidentBase] = {}
+        self._heldout: tuple[str, dict[ModulePath, Sequences]] = ("", {})
+        """What was routed last, by what it was routed from."""
 
     def run(self, job: Job) -> Result:
         """Do one job; raises WeftError."""
         return self._JOBS[job["job"]](self, job)
 
     def prepare(self, job: Job) -> Result:
-        """Schemas of a run's modules, and version 0 of each in a file."""
+        """Schemas of a run's modules, and version 0 of each in a file, which the experts of a level share."""
         recipe = from_table(Recipe, job["recipe"])
         base, to = Path(job["base"]), Path(job["to"])
+        if job["router"]:
+            check_router(read_router(Path(job["router"])), recipe)
         if job["heldout"]:
             # Held-out data that cannot be read is refused now, not at the end of the first round.
             load_heldout(Path(job["heldout"]), self._base(base, recipe).tokenizer, recipe)
         schemas = describe(base, recipe)
-        files = {}
+        files: dict[int, Path] = {}
         for module, schema in schemas.items():
-            files[str(module)] = str(to / f"{recipe.run}-{module}-0.module")
-            write_module(Path(files[str(module)]), initial_tensors(schema, seed=recipe.inner.seed), schema)
+            if module.level not in files:
+                files[module.level] = to / f"{recipe.run}-{module.level}-0.module"
+                write_module(files[module.level], initial_module(base, recipe, schemas, module), schema)
         return {
             "schemas": {str(module): to_table(schema.tensors) for module, schema in schemas.items()},
-            "files": files,
+            "files": {str(module): str(files[module.level]) for module in schemas},
         }
+
+    def create_base(self, job: Job) -> Result:
+        """A base with new weights from a configuration and a tokenizer."""
+        create_base(Path(job["source"]), Path(job["to"]), seed=job["seed"])
+        return {}
 
     def merge(self, job: Job) -> Result:
         """A round's candidate; see ``weft.server.merge.engine``."""
@@ -99,16 +124,21 @@ class Jobs:
                     worker_id=item["worker_id"],
                     task_id=item["task_id"],
                     weight=item["weight"],
-                    file=stack.enter_context(UpdateFile(Path(item["path"]), schema)),
+                    rank=item["rank"] or None,
+                    file=stack.enter_context(
+                        UpdateFile(
+                            Path(item["path"]), schema.at_rank(item["rank"]) if item["rank"] else schema
+                        )
+                    ),
                 )
                 for item in job["updates"]
             ]
-            candidate, momentum = Arrays.zeros(schema), Arrays.zeros(schema)
-            state = None
-            if outer.has_momentum:
-                before = job["outer_state"]
-                held = stack.enter_context(open_module(Path(before), schema)) if before else None
-                state = OuterState(momentum=held, next_momentum=momentum)
+            candidate, state = Arrays.zeros(schema), None
+            if outer.num_slots:
+                state_schema, before = outer_schema(schema, outer), job["outer_state"]
+                held = stack.enter_context(open_module(Path(before), state_schema)) if before else None
+                following = Arrays.zeros(state_schema)
+                state = OuterState(before=held, after=following)
             report = merge_module(
                 updates,
                 start,
@@ -118,49 +148,73 @@ class Jobs:
                 outer=outer,
                 outer_state=state,
                 scaling=scaling,
+                num_paths=job["num_paths"],
                 threads=torch.get_num_threads(),
             )
         write_module(Path(job["candidate"]), candidate.arrays, schema)
         if state is not None:
-            write_module(Path(job["outer_state_to"]), momentum.arrays, schema)
+            write_module(Path(job["outer_state_to"]), following.arrays, state_schema)
             result["outer_state"] = job["outer_state_to"]
         return result | _summary(report)
 
     def gate(self, job: Job) -> Result:
-        """Held-out losses of a path before and after one of its modules changes."""
-        recipe = from_table(Recipe, job["recipe"])
+        """Held-out losses before and after a module changes, on the paths that share it."""
+        recipe, module = from_table(Recipe, job["recipe"]), ModuleKey.parse(job["module"])
         schemas = {ModuleKey.parse(key): _schema(value) for key, value in job["schemas"].items()}
         base = self._base(Path(job["base"]), recipe)
-        sequences = load_heldout(Path(job["heldout"]), base.tokenizer, recipe).spread(
-            job["num_sequences_max"]
-        )
-        results = []
-        for files in (job["before"], job["after"]):
-            tensors: dict[str, Float32Array] = {}
-            for key, path in files.items():
-                tensors |= read_module(Path(path), schemas[ModuleKey.parse(key)])
-            results.append(evaluate(base.compose(recipe, tensors), sequences))
-        before, after = results
+        routed = self._routed(job, base, recipe)
+        paths = [path for path in map(ModulePath.parse, job["paths"]) if path in routed]
+        if not paths:
+            return {"losses": None}
+        num_max = max(2, job["num_sequences_max"] // len(paths))
+        results: tuple[list[Evaluation], list[Evaluation]] = ([], [])
+        for path in paths:
+            sequences = routed[path].spread(num_max)
+            for evaluations, changed in zip(results, ({}, {str(module): job["candidate"]}), strict=True):
+                files = {key: Path((job["files"] | changed)[str(key)]) for key in path.modules}
+                tensors: dict[str, Float32Array] = {}
+                for key, file in files.items():
+                    tensors |= read_module(file, schemas[key])
+                evaluations.append(evaluate(base.compose(recipe, tensors), sequences))
+        before, after = map(together, results)
         difference, half_width = paired_difference(before, after)
         losses = {
             "before": before.loss,
             "after": after.loss,
             "difference": difference,
             "half_width": half_width,
-            "num_sequences": len(sequences),
+            "num_sequences": len(before.losses),
         }
         return {"losses": losses}
 
+    def _routed(self, job: Job, base: ResidentBase, recipe: Recipe) -> dict[ModulePath, Sequences]:
+        """Held-out sequences of each path that has at least two."""
+        heldout, router = Path(job["heldout"]), job["router"]
+        source = f"{heldout}\n{router}\n{recipe.base.digest}"
+        if self._heldout[0] != source:
+            if router is None:
+                sequences = {
+                    path: load_heldout(heldout, base.tokenizer, recipe) for path in recipe.topology.paths
+                }
+            else:
+                sequences = route_heldout(heldout, base, read_router(Path(router)), recipe)
+            self._heldout = (source, sequences)
+        return self._heldout[1]
+
     def _base(self, directory: Path, recipe: Recipe) -> ResidentBase:
-        key = f"{recipe.base.digest}/{recipe.task}"
+        kind = recipe.topology.kind
+        key = f"{recipe.base.digest}/{recipe.task}/{kind}"
         if key not in self._bases:
             on_gpu = torch.cuda.is_available()
             device = torch.device("cuda" if on_gpu else "cpu")
             dtype = torch.bfloat16 if on_gpu else torch.float32
-            self._bases = {key: ResidentBase.load(directory, recipe.task, device=device, dtype=dtype)}
+            self._bases = {
+                key: ResidentBase.load(directory, recipe.task, device=device, dtype=dtype, kind=kind)
+            }
         return self._bases[key]
 
     _JOBS: Final[Mapping[str, Callable[[Jobs, Job], Result]]] = {
+        "create_base": create_base,
         "prepare": prepare,
         "merge": merge,
         "gate": gate,

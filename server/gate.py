@@ -63,6 +63,11 @@ def decide(
     )
 
 
+def without_documents() -> GateResult:
+    """The result when the router sends no held-out document to any path of the module."""
+    return GateResult(passed=True, reason="not judged: no held-out document belongs to a path of this module")
+
+
 def without_data() -> GateResult:
     """The result when the operator named no held-out data."""
     return GateResult(passed=True, reason="not judged: the run file names no held-out data")

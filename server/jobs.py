@@ -27,10 +27,12 @@ def merge_job(run: Run, round_: Round, blobs: BlobStore, scratch: Path) -> dict[
                 "worker_id": update.worker_id,
                 "task_id": update.task_id,
                 "weight": update.weight,
+                "rank": update.rank,
             }
             for update in round_.updates
         ],
-        "merge": to_table(run.run_file.merge),
+        "num_paths": len({update.experts for update in round_.updates}),
+        "merge": to_table(run.run_file.merging),
         "outer": to_table(run.run_file.outer),
         "candidate": str(scratch / f"{name}.module"),
         "outer_state_to": str(scratch / f"{name}.outer"),
@@ -38,18 +40,23 @@ def merge_job(run: Run, round_: Round, blobs: BlobStore, scratch: Path) -> dict[
 
 
 def gate_job(run: Run, round_: Round, blobs: BlobStore) -> dict[str, Any]:
-    """The engine's job that evaluates a round's candidate against the current version, on a path that has it."""
+    """The engine's job that evaluates a round's candidate against the current version, on the paths that have it.
+
+    Held-out documents are judged on the path that the router sends them to; without a router there is one path.
+    """
     assert round_.candidate is not None  # noqa: S101 - the table says so
-    path = next(path for path in run.recipe.topology.paths if round_.module in path.modules)
-    before = {str(module): str(blobs.path(run.newest(module).digest)) for module in path.modules}
-    after = before | {str(round_.module): str(blobs.path(round_.candidate.digest))}
+    paths = run.recipe.topology.paths_through(round_.module)
+    modules = {module for path in paths for module in path.modules}
     return {
         "job": "gate",
         "base": run.record.base_directory,
         "recipe": to_table(run.recipe),
-        "schemas": {str(module): to_table(run.record.schemas[str(module)]) for module in path.modules},
-        "before": before,
-        "after": after,
+        "paths": [str(path) for path in paths],
+        "router": str(blobs.path(run.router.blake3)) if run.router else None,
+        "module": str(round_.module),
+        "schemas": {str(module): to_table(run.record.schemas[str(module)]) for module in sorted(modules)},
+        "files": {str(module): str(blobs.path(run.newest(module).digest)) for module in sorted(modules)},
+        "candidate": str(blobs.path(round_.candidate.digest)),
         "heldout": run.run_file.gate.heldout,
         "num_sequences_max": run.run_file.gate.num_sequences_max,
     }

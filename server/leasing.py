@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from weft.common.ids import RunId, TaskId
-from weft.common.protocol import LossPoint, PollAnswer, ProgressAnswer, Stage, Unable
+from weft.common.ids import Path, RunId, TaskId, WorkerId
+from weft.common.protocol import Limit, LossPoint, PollAnswer, ProgressAnswer, Purpose, Stage, Unable
 from weft.server.admission import check_lease
-from weft.server.assignment import Lease, Offer, choose
+from weft.server.assignment import Asker, Lease, Offer, choose, steps_for
 from weft.server.backend import Caller
-from weft.server.live import LEASE_S, LOSSES_KEPT, REJECTIONS_MAX, Live
+from weft.server.live import GAVE_BACK_S, LEASE_S, LOSSES_KEPT, REJECTIONS_MAX, Live
 from weft.server.rounds import Round
+from weft.server.run import Run
 from weft.server.state import State
 from weft.server.transfers import Transfers
 
@@ -29,11 +30,19 @@ class Leasing:
 
     # ---- what workers ask ----------------------------------------------------------------------------------------
 
-    def note(self, caller: Caller, *, unable: tuple[Unable, ...], tokens_per_s: float) -> None:
+    def note(
+        self,
+        caller: Caller,
+        *,
+        unable: tuple[Unable, ...],
+        tokens_per_s: float,
+        limits: tuple[Limit, ...] = (),
+    ) -> None:
         """Note what a worker that asks for a task says of itself."""
         live = self._state.seen(caller)
         live.tokens_per_s = tokens_per_s or live.tokens_per_s
         live.unable = {item.run_id: item.reason[:200] for item in unable[:100]}
+        live.limits = {item.run_id: item for item in limits[:100]}
 
     def poll(self, caller: Caller) -> PollAnswer:
         """A task, the caller's own when it holds a lease, or a reason to wait."""
@@ -44,11 +53,12 @@ class Leasing:
             self.drop(lease, lease.stop_reason or "this worker gets no more tasks of the run")
         if self._state.draining:
             return PollAnswer(task=None, wait_reason="the coordinator is stopping", finished=False)
-        views = [
-            run.view for name, run in self._state.runs.items() if caller.may_see(name) and _serves(live, name)
-        ]
-        choice = choose(caller.worker_id, views, tuple(self._state.leases.values()))
+        mine = [run for name, run in self._state.runs.items() if caller.may_see(name) and _serves(live, name)]
+        views = [self._state.view(run) for run in mine]
+        choice = choose(self._asker(caller.worker_id, mine), views, tuple(self._state.leases.values()))
         if isinstance(choice, Offer):
+            if self._has_lost_shard(choice):
+                return self.poll(caller)
             return self._answer(self._grant(caller, choice))
         return PollAnswer(task=None, wait_reason=choice.reason, finished=choice.finished and not live.unable)
 
@@ -91,6 +101,8 @@ class Leasing:
         self._state.seen(caller)
         lease = self._state.leases.get(lease_token)
         if lease is not None and lease.worker_id == caller.worker_id:
+            live = self._state.live[caller.worker_id]
+            live.gave_back[(lease.run, lease.path, lease.purpose)] = self._state.clock.monotonic()
             self.drop(lease, f"given back: {reason[:200]}")
 
     # ---- how leases end ------------------------------------------------------------------------------------------
@@ -125,11 +137,15 @@ class Leasing:
         del self._state.leases[lease.token]
         self._transfers.forget(lease.token)
 
-    def stop_all(self, round_: Round, reason: str) -> None:
-        """Tell the workers at work on a round, at their next report, that it takes no more updates."""
-        leases = self._state.leases
-        for lease in [lease for lease in leases.values() if lease.trains(round_)]:
-            leases[lease.token] = dataclasses.replace(lease, stop_reason=reason)
+    def stop_all(self, round_: Round, reason: str, *, path: Path | None = None) -> None:
+        """Tell the workers at work on a round, or on one path of it, at their next report, that it takes no more."""
+        for lease in [lease for lease in self._state.leases.values() if lease.trains(round_)]:
+            if path is None or lease.path == path:
+                self.stop(lease, reason)
+
+    def stop(self, lease: Lease, reason: str) -> None:
+        """Tell the worker of a lease, at its next report, to drop the task."""
+        self._state.leases[lease.token] = dataclasses.replace(lease, stop_reason=reason)
 
     # ---- how they begin ------------------------------------------------------------------------------------------
 
@@ -142,10 +158,14 @@ class Leasing:
             worker_id=caller.worker_id,
             token=self._rng_bytes(16).hex(),
             epoch=epoch,
+            purpose=offer.purpose,
             path=offer.path,
             rounds=tuple((round_.module, round_.number) for round_ in offer.train),
-            starts=tuple((module, run.newest(module).version) for module in offer.path.modules),
-            num_steps=run.recipe.inner.steps,
+            starts=()
+            if offer.purpose is Purpose.ROUTE
+            else tuple((module, run.newest(module).version) for module in offer.path.modules),
+            num_steps=self._num_steps(run, caller.worker_id) if offer.purpose is Purpose.TRAIN else 0,
+            rank=offer.rank,
             granted_s=now_s,
             expires_s=now_s + LEASE_S,
             progress_s=now_s,
@@ -157,8 +177,42 @@ class Leasing:
         state.leases[lease.token] = lease
         live = state.live[caller.worker_id]
         live.since, live.losses = state.clock.now(), []
+        if offer.purpose is Purpose.TRAIN:
+            live.recent[offer.run] = offer.path
         state.notify()
         return lease
+
+    def _asker(self, worker_id: WorkerId, runs: Iterable[Run]) -> Asker:
+        live, now_s = self._state.live[worker_id], self._state.clock.monotonic()
+        live.gave_back = {task: at_s for task, at_s in live.gave_back.items() if now_s - at_s < GAVE_BACK_S}
+        return Asker(
+            worker_id=worker_id,
+            holds={run.record.run: run.holds[worker_id] for run in runs if worker_id in run.holds},
+            limits=live.limits,
+            recent=live.recent,
+            gave_back=frozenset(live.gave_back),
+        )
+
+    def _has_lost_shard(self, offer: Offer) -> bool:
+        """Whether the path's shard is gone; the run then goes on without the path."""
+        run = self._state.runs[offer.run]
+        shard = run.shard(offer.path)
+        if offer.purpose is Purpose.ROUTE or shard is None or self._state.blobs.has(shard.blake3):
+            return False
+        run.lost_shards.add(offer.path)
+        logger.error("%s: the shard of path %s vanished from the state directory", offer.run, offer.path)
+        with self._state.transaction():
+            self._state.log(
+                offer.run, f"the shard of path {offer.path} vanished; the run goes on without the path"
+            )
+        return True
+
+    def _num_steps(self, run: Run, worker_id: WorkerId) -> int:
+        steps, live = run.recipe.inner.steps, self._state.live
+        if not run.run_file.rounds.steps_by_speed:
+            return steps
+        speeds = [one.tokens_per_s for who, one in live.items() if self._state.is_present(who)]
+        return steps_for(steps, speed=live[worker_id].tokens_per_s, fastest=max(speeds, default=0.0))
 
     def _polled_again(self, lease: Lease) -> Lease:
         """Who asks again does not know of its task, or lost what it had: progress counts from the start.

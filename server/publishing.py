@@ -15,6 +15,7 @@ from weft.common.errors import DiskFull, StorageError, WeftError
 from weft.common.ids import ModuleKey, RunId
 from weft.common.protocol import RoundState
 from weft.server import gate, rounds
+from weft.server.assignment import RunView
 from weft.server.engine import Engine
 from weft.server.jobs import gate_job, merge_job
 from weft.server.leasing import Leasing
@@ -48,14 +49,15 @@ class Publishing:
         """Do what every round is due; says whether anything changed."""
         changed = False
         for run in self._state.runs.values():
+            view = self._state.view(run)
             for module in run.rounds:
-                changed |= self._pump(run, module)
+                changed |= self._pump(run, module, view)
         return changed
 
-    def _pump(self, run: Run, module: ModuleKey) -> bool:
+    def _pump(self, run: Run, module: ModuleKey, view: RunView) -> bool:
         round_ = run.current(module)
         if round_.state is RoundState.COLLECTING:
-            return self._close_if_due(run, round_)
+            return round_.number <= view.policy.count and self._close_if_due(run, round_, view)
         if (run.record.run, module) in self._jobs or round_.state not in (
             RoundState.MERGING,
             RoundState.GATING,
@@ -64,11 +66,17 @@ class Publishing:
         self._start_job(run, round_)
         return True
 
-    def _close_if_due(self, run: Run, round_: Round) -> bool:
+    def _close_if_due(self, run: Run, round_: Round, view: RunView) -> bool:
         state, now_s = self._state, self._state.clock.monotonic()
         in_flight = [lease.in_flight(now_s) for lease in state.leases.values() if lease.trains(round_)]
         last_s = state.last_accept_s.get((run.record.run, round_.module), now_s)
-        reason = rounds.close_reason(round_, run.run_file.rounds, in_flight, since_last_s=now_s - last_s)
+        reason = rounds.close_reason(
+            round_,
+            view.policy,
+            in_flight,
+            paths=view.active_through(round_.module),
+            since_last_s=now_s - last_s,
+        )
         if reason is None:
             if round_.updates:
                 # After a restart the time of the last update is not known: patience starts afresh.
@@ -76,15 +84,16 @@ class Publishing:
             return False
         closed = rounds.advance(round_, Close(reason), state.clock.now())
         state.replace_round(run, closed, f"round {round_.number} of {round_.module} closed: {reason}")
-        self._leasing.stop_all(round_, f"round {round_.number} closed: {reason}")
-        self._pump(run, round_.module)
+        if not view.policy.asynchronous:
+            self._leasing.stop_all(round_, f"round {round_.number} closed: {reason}")
+        self._pump(run, round_.module, view)
         return True
 
     # ---- the engine ----------------------------------------------------------------------------------------------
 
     def _start_job(self, run: Run, round_: Round) -> None:
         if round_.state is RoundState.GATING and not run.run_file.gate.heldout:
-            self._gated(run, round_, gate.without_data())
+            self._gated(run, round_.module, gate.without_data())
             return
         job = (
             merge_job(run, round_, self._state.blobs, self._scratch)
@@ -110,7 +119,8 @@ class Publishing:
         with self._state.lock:
             self._jobs.discard((run.record.run, round_.module))
             try:
-                self._take_result(run, round_, done, candidate)
+                # Asynchronous rounds take updates for the next one meanwhile: what is current may be another object.
+                self._take_result(run, run.current(round_.module), done, candidate)
             except StorageError as error:
                 self._try_again(run, round_, error)
         self._state.notify()
@@ -146,8 +156,10 @@ class Publishing:
         elif candidate is not None:
             self._merged(run, round_, candidate)
         else:
-            result = gate.decide(**done.result()["losses"], tolerance=run.run_file.gate.tolerance)
-            self._gated(run, round_, result)
+            losses = done.result()["losses"]
+            tolerance = run.run_file.gate.tolerance
+            result = gate.decide(**losses, tolerance=tolerance) if losses else gate.without_documents()
+            self._gated(run, round_.module, result)
 
     def _job_failed(self, run: Run, round_: Round, error: WeftError) -> None:
         if isinstance(error, DiskFull):
@@ -159,7 +171,7 @@ class Publishing:
         else:
             self._gated(
                 run,
-                round_,
+                round_.module,
                 GateResult(passed=False, reason=f"rolled back: the gate could not evaluate: {error.message}"),
             )
 
@@ -169,12 +181,12 @@ class Publishing:
         state.replace_round(
             run, merged, f"round {round_.number} of {round_.module} merged {len(round_.updates)} update(s)"
         )
-        self._pump(run, round_.module)
+        self._pump(run, round_.module, state.view(run))
 
     # ---- the end of a round --------------------------------------------------------------------------------------
 
-    def _gated(self, run: Run, round_: Round, result: GateResult) -> None:
-        self._end_round(run, rounds.advance(round_, Gated(result), self._state.clock.now()))
+    def _gated(self, run: Run, module: ModuleKey, result: GateResult) -> None:
+        self._end_round(run, rounds.advance(run.current(module), Gated(result), self._state.clock.now()))
 
     def _end_round(self, run: Run, ended: Round) -> None:
         """Publish or roll back: the version, its manifest and the next round become durable together."""
@@ -191,6 +203,12 @@ class Publishing:
             run.versions[ended.module].append(version)
         run.rounds[ended.module][-1:] = [ended, following]
         state.last_accept_s.pop((run.record.run, ended.module), None)
+        if following.number > run.run_file.rounds.count:
+            for lease in [lease for lease in state.leases.values() if lease.run == run.record.run]:
+                if lease.rounds and all(
+                    run.current(module).number > run.run_file.rounds.count for module, _ in lease.rounds
+                ):
+                    self._leasing.stop(lease, f"module {ended.module} has had its rounds")
         logger.info("%s round %d of %s: %s", run.record.run, ended.number, ended.module, ended.reason)
         if ended.candidate:
             # A published one has owners by now.

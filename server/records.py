@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from weft.common.ids import Digest, ModuleKey, RunId, TaskId, WorkerId
 from weft.common.modules import Schema, TensorSpec
-from weft.common.protocol import Role
+from weft.common.protocol import Purpose, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,43 @@ class LeaseRecord:
     starts: Mapping[str, int]
     """Version by module, of all modules of the path."""
     num_steps: int
+    purpose: Purpose
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """A path's documents, where the coordinator gives the data."""
+
+    digest: Digest
+    size_bytes: int
+    num_documents: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingRecord:
+    """How a run's documents come to paths now; another router may take over when the coordinator starts."""
+
+    run: RunId
+    router: Digest | None
+    router_bytes: int
+    shards: Mapping[str, ShardRecord]
+    """By path; none where workers route their own documents."""
+    adopted_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldingRecord:
+    """What a worker said that it holds for each path."""
+
+    run: RunId
+    worker_id: WorkerId
+    router: Digest
+    """That it routed with."""
+    sequences: Mapping[str, int]
+    """Training sequences by path."""
+    documents: Mapping[str, int]
+    """Documents by path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,14 +6,14 @@ Owned by the coordinator, which replaces the frozen values in it after the ledge
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from typing import Any, Final
 
-from weft.common.codec import update_bytes_max
+from weft.common.codec import CodecSettings, update_bytes_max
 from weft.common.errors import CorruptState, NotFound
-from weft.common.ids import Digest, ModuleKey, ModuleRef
+from weft.common.ids import Digest, ModuleKey, ModuleRef, Path, WorkerId
 from weft.common.manifest import (
     Contributor,
     Gate,
@@ -27,11 +27,12 @@ from weft.common.manifest import (
     schema_digest,
 )
 from weft.common.modules import Schema
-from weft.common.protocol import ModuleStart, Task
-from weft.common.recipe import Recipe
+from weft.common.protocol import BlobRef, ModuleStart, Task
+from weft.common.recipe import Recipe, RoutingMode
 from weft.common.settings import to_table
-from weft.server.assignment import Lease, RunView
-from weft.server.records import RunRecord, Traffic, VersionRecord
+from weft.server.assignment import Lease
+from weft.server.paths import PathRecord
+from weft.server.records import HoldingRecord, RoutingRecord, RunRecord, Traffic, VersionRecord
 from weft.server.rounds import ENDED, GateResult, Round
 from weft.server.runfile import RunFile
 
@@ -51,6 +52,15 @@ class Run:
     versions: dict[ModuleKey, list[VersionRecord]]
     """By module; the index is the version."""
     traffic: Traffic
+    paths: dict[Path, PathRecord] = field(default_factory=dict)
+    """Those that were evaluated."""
+    routing: RoutingRecord | None = None
+    holdings: dict[WorkerId, HoldingRecord] = field(default_factory=dict)
+    """Of the router in use; ``take_holding`` adds to it."""
+    holds: dict[WorkerId, frozenset[Path]] = field(default_factory=dict)
+    """Paths that a worker has at least a batch of sequences for."""
+    lost_shards: set[Path] = field(default_factory=set)
+    """Paths whose shard was found missing since the start."""
 
     def current(self, module: ModuleKey) -> Round:
         """The round that is, or the one after the last when the module has had all."""
@@ -71,13 +81,30 @@ class Run:
             )
         return versions[version]
 
-    @property
-    def view(self) -> RunView:
-        """What assignment needs."""
-        current = {module: rounds[-1] for module, rounds in self.rounds.items()}
-        return RunView(
-            run=self.record.run, topology=self.recipe.topology, policy=self.run_file.rounds, rounds=current
+    def take_holding(self, holding: HoldingRecord) -> None:
+        """Take up what a worker said that it holds."""
+        enough = self.recipe.inner.batch_size
+        self.holdings[holding.worker_id] = holding
+        self.holds[holding.worker_id] = frozenset(
+            Path.parse(path) for path, count in holding.sequences.items() if count >= enough
         )
+
+    def shard_missing(self, path: Path) -> str:
+        """Why a path has no shard; empty when it has one."""
+        shard = self.routing.shards.get(str(path)) if self.routing else None
+        if path in self.lost_shards:
+            return "its shard vanished from the coordinator's state: serve again with routing.shards in place"
+        if shard is None:
+            return "its shard is empty: fit the router again, or weft route reseed"
+        return ""
+
+    def path_size(self, path: Path, worker_id: WorkerId) -> float:
+        """What an update of a path counts by the data behind it: |D_i|, in documents or in the worker's sequences."""
+        if self.recipe.routing.mode is RoutingMode.GIVEN and self.routing is not None:
+            shard = self.routing.shards.get(str(path))
+            return float(shard.num_documents) if shard else 0.0
+        holding = self.holdings.get(worker_id)
+        return float(holding.sequences.get(str(path), 0)) if holding else 0.0
 
     def schema(self, module: ModuleKey) -> Schema:
         """The tensors of a module."""
@@ -85,9 +112,12 @@ class Run:
 
     def update_bytes_max(self, module: ModuleKey) -> int:
         """Quota of one update of a module."""
-        return update_bytes_max(
-            self.schema(module), self.recipe.codec, fisher=self.recipe.fisher.num_examples > 0
-        )
+        return update_bytes_max(self.schema(module), self.codecs, fisher=self.recipe.fisher.num_examples > 0)
+
+    @property
+    def codecs(self) -> tuple[CodecSettings, ...]:
+        """What an update may be written with."""
+        return self.recipe.codecs
 
     def task(self, lease: Lease, *, lease_s: float) -> Task:
         """The task that goes with a lease."""
@@ -116,18 +146,49 @@ class Run:
             modules=tuple(starts),
             recipe_blake3=self.record.recipe_digest,
             num_steps=lease.num_steps,
-            update_bytes_max=max(self.update_bytes_max(module) for module in trained),
+            update_bytes_max=max((self.update_bytes_max(module) for module in trained), default=0),
+            purpose=lease.purpose,
+            router=self._router(),
+            shard=self.shard(lease.path),
+            rank=lease.rank,
         )
+
+    def _router(self) -> BlobRef | None:
+        """What workers route their own documents with."""
+        if self.recipe.routing.mode is not RoutingMode.LOCAL:
+            return None
+        return self.router
+
+    @property
+    def router(self) -> BlobRef | None:
+        """The router in use."""
+        if self.routing is None or self.routing.router is None:
+            return None
+        return BlobRef(blake3=self.routing.router, size_bytes=self.routing.router_bytes)
+
+    def num_documents(self, path: Path) -> int:
+        """Documents of a path's shard; 0 where the workers have them."""
+        shard = self.routing.shards.get(str(path)) if self.routing else None
+        return shard.num_documents if shard else 0
+
+    def source_of(self, path: Path, worker_id: WorkerId) -> str:
+        """Whose held-out data an evaluation of a path by a worker is on."""
+        shard = self.shard(path)
+        return shard.blake3 if shard else worker_id
+
+    def shard(self, path: Path) -> BlobRef | None:
+        """A path's documents, where the coordinator gives the data."""
+        shard = self.routing.shards.get(str(path)) if self.routing else None
+        return BlobRef(blake3=shard.digest, size_bytes=shard.size_bytes) if shard else None
 
     def resolve(self, ref: ModuleRef) -> list[VersionRecord]:
         """The versions that a reference names, by level; raises NotFound."""
+        modules: tuple[ModuleKey, ...]
         if ref.path is not None:
-            if ref.path not in set(self.recipe.topology.paths):
-                raise NotFound(
-                    f"{self.record.run} has no path {ref.path}",
-                    hint=f"weft modules list --run {self.record.run}",
-                )
-            modules = ref.path.modules
+            path = self.recipe.topology.find_path(ref.path)
+            if ref.best:
+                return self._best(path)
+            modules = path.modules
         elif ref.module is not None:
             if ref.module not in self.versions:
                 raise NotFound(
@@ -136,9 +197,21 @@ class Run:
                 )
             modules = (ref.module,)
         else:
-            modules = next(self.recipe.topology.paths).modules
+            modules = self.recipe.topology.modules
         return [
             self.newest(module) if ref.version is None else self.at(module, ref.version) for module in modules
+        ]
+
+    def _best(self, path: Path) -> list[VersionRecord]:
+        record = self.paths.get(path)
+        if record is None or record.best is None:
+            raise NotFound(
+                f"path {path} of {self.record.run} was not evaluated",
+                hint="set paths.evaluate_every = 1 in the run file, or pull the newest without @best",
+            )
+        return [
+            self.at(module, version)
+            for module, version in zip(path.modules, record.best.versions, strict=True)
         ]
 
 
@@ -191,7 +264,7 @@ def next_manifest(
                 update_digest=update.update_digest,
                 weight=update.weight,
                 steps=update.num_steps,
-                tokens=int(update.weight),
+                tokens=update.num_tokens,
                 norm=update.norm,
             )
             for update in round_.updates

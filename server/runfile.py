@@ -10,20 +10,39 @@ import dataclasses
 import json
 import textwrap
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from weft.common.codec import CodecSettings
+from weft.common.codec import CodecKind, CodecSettings
 from weft.common.errors import RunFileError, UsageError
 from weft.common.ids import RunId, run_id
 from weft.common.modules import Kind, Topology
-from weft.common.recipe import BasePin, FisherSettings, InnerSettings, Recipe, TaskSettings
+from weft.common.recipe import (
+    BasePin,
+    FisherSettings,
+    InnerSettings,
+    Recipe,
+    RoutingMode,
+    RoutingSettings,
+    SlowUplink,
+    StreamingSettings,
+    TaskKind,
+    TaskSettings,
+)
 from weft.common.settings import field_docs, from_table, to_table
 from weft.server.gate import GateSettings
 from weft.server.merge.rules import lora_space
-from weft.server.merge.settings import FisherParameters, MergeRuleName, MergeSettings, TiesParameters
+from weft.server.merge.settings import (
+    FisherParameters,
+    LoraSpace,
+    MergeRuleName,
+    MergeSettings,
+    TiesParameters,
+)
 from weft.server.outer import OuterSettings
+from weft.server.paths import PathPolicy
 from weft.server.rounds import RoundPolicy
 
 RUN_FILE_BYTES_MAX = 1024 * 1024
@@ -75,6 +94,50 @@ class StatisticsSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingSection:
+    """How documents come to paths; needed as soon as there are several."""
+
+    mode: RoutingMode = RoutingMode.NONE
+    """none; given: the documents are the operator's, a path's shard goes out with its tasks; local: they are the
+    workers', who route them with this router and tell only how many each path gets."""
+    router: str = ""
+    """File that `weft route fit` wrote (relative to this file)."""
+    shards: str = ""
+    """Mode given: directory that `weft route shard` wrote (relative to this file)."""
+    overlap: int = 1
+    """Mode local: how many paths a training document belongs to, its best n."""
+    validation_share: float = 0.05
+    """Share of a path's documents that is held out where they lie, for evaluation and early stopping."""
+    reroute_tokens: int = 0
+    """At inference, choose the path anew every so many tokens; 0 keeps the prompt's."""
+
+    def __post_init__(self) -> None:
+        _ = self.settings
+        if (self.mode is RoutingMode.NONE) == bool(self.router):
+            raise UsageError(
+                f"routing.mode is {self.mode.value!r} and routing.router is {self.router!r}",
+                hint="weft route fit DATA --base DIR --experts 4x4 --to FILE writes a router"
+                if not self.router
+                else 'set routing.mode = "given" or "local", or remove routing.router',
+            )
+        if (self.mode is RoutingMode.GIVEN) != bool(self.shards):
+            raise UsageError(
+                f"routing.mode is {self.mode.value!r} and routing.shards is {self.shards!r}",
+                hint="weft route shard DATA --router FILE --to DIR writes the shards of mode given",
+            )
+
+    @property
+    def settings(self) -> RoutingSettings:
+        """What workers follow of it."""
+        return RoutingSettings(
+            mode=self.mode,
+            overlap=self.overlap,
+            validation_share=self.validation_share,
+            reroute_tokens=self.reroute_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFile:
     """A run, as the operator describes it."""
 
@@ -96,28 +159,86 @@ class RunFile:
     """How the movement becomes the next version."""
     codec: CodecSettings = field(default_factory=CodecSettings)
     """How updates are encoded."""
+    slow_uplink: SlowUplink | None = None
+    """What workers behind a slow line send instead."""
     statistics: StatisticsSection | None = None
     """What workers send beside an update."""
+    routing: RoutingSection = RoutingSection()
+    """How documents come to paths; needed as soon as there are several."""
+    paths: PathPolicy = field(default_factory=PathPolicy)
+    """Evaluation of each path on held-out data where that lies, and early stopping."""
+    streaming: StreamingSettings | None = None
+    """Streaming fragments: all of a path's modules train, topology.levels_per_task of them are sent at a time."""
     gate: GateSettings = GateSettings()
     """Held-out evaluation before a version is published."""
 
     def __post_init__(self) -> None:
-        if self.topology.kind is Kind.FULL:
-            raise RunFileError(
-                'topology.kind = "full" cannot be trained by this version',
-                hint='set topology.kind = "lora"; a high topology.lora.rank comes close',
-            )
-        if any(count > 1 for count in self.topology.experts):
-            raise RunFileError(
-                f"topology.experts is {list(self.topology.experts)}, and several experts in a level need a router",
-                hint=f"set topology.experts = {[1] * len(self.topology.experts)}",
-            )
+        self._check_paths()
+        self._check_rounds()
         if self.statistics is not None and self.merge.rule is not MergeRuleName.FISHER:
             raise RunFileError(
                 f"statistics.fisher_examples is set and merge.rule is {self.merge.rule.value!r}",
                 hint='set merge.rule = "fisher", or remove [statistics]',
             )
-        lora_space(self.merge, self.outer)
+        space = lora_space(self.merge, self.outer)
+        if self.topology.kind is Kind.FULL and self.merge.lora is not None:
+            raise RunFileError(
+                f'merge.lora is {self.merge.lora.value!r} and topology.kind is "full"',
+                hint="remove merge.lora",
+            )
+        if self.merge.lora is not None and space is LoraSpace.EXACT and self.rounds.asynchronous:
+            raise RunFileError(
+                'merge.lora is "exact" and rounds are asynchronous: updates of other starts have other factors',
+                hint='set merge.lora = "factors", or rounds.buffer = 0',
+            )
+
+    def _check_paths(self) -> None:
+        """Refuse what several paths cannot work with."""
+        topology, num_paths = self.topology, self.topology.num_paths
+        if num_paths > 1 and self.routing.mode is RoutingMode.NONE:
+            raise RunFileError(
+                f"topology.experts is {list(topology.experts)}, which makes {num_paths} paths, and nothing says which"
+                " document belongs to which",
+                hint='fit a router with weft route fit, then set routing.router and routing.mode = "given" or "local"',
+            )
+        if self.paths.evaluate_every and self.routing.mode is RoutingMode.NONE:
+            raise RunFileError(
+                "paths.evaluate_every is set, and documents that are not routed are not held out either",
+                hint="use gate.heldout, or set routing.mode",
+            )
+        prefix, length = self.task.prefix_tokens, self.inner.sequence_length
+        if prefix >= length:
+            raise RunFileError(
+                f"task.prefix_tokens is {prefix} and inner.sequence_length is {length}: nothing would be learnt",
+                hint=f"set inner.sequence_length above {prefix}",
+            )
+        if prefix and self.task.kind is not TaskKind.CAUSAL_LM:
+            raise RunFileError(
+                f"task.prefix_tokens is set for {self.task.kind.value}", hint="remove task.prefix_tokens"
+            )
+
+    def _check_rounds(self) -> None:
+        """Refuse ways to run rounds that exclude each other."""
+        rounds, topology = self.rounds, self.topology
+        if rounds.asynchronous and (rounds.backups or self.streaming):
+            other = "rounds.backups" if rounds.backups else "[streaming]"
+            raise RunFileError(
+                f"rounds.buffer is {rounds.buffer} and {other} is set, which is for synchronous rounds",
+                hint=f"remove {other}, or set rounds.buffer = 0",
+            )
+        if self.streaming and not 0 < topology.levels_per_task < len(topology.experts):
+            raise RunFileError(
+                f"[streaming] is set and topology.levels_per_task is {topology.levels_per_task} of"
+                f" {len(topology.experts)} level(s)",
+                hint="set topology.levels_per_task = 1 and split the layers into two levels or more",
+            )
+
+    @property
+    def merging(self) -> MergeSettings:
+        """The ``[merge]`` table in force: updates of several starts have no ΔW in common, so factors are merged."""
+        if self.topology.kind is Kind.LORA and self.rounds.asynchronous and self.merge.lora is None:
+            return dataclasses.replace(self.merge, lora=LoraSpace.FACTORS)
+        return self.merge
 
     @property
     def name(self) -> RunId:
@@ -140,7 +261,10 @@ class RunFile:
             topology=self.topology,
             inner=self.inner,
             codec=self.codec,
+            slow_uplink=self.slow_uplink,
             fisher=FisherSettings(num_examples=self.fisher_examples),
+            routing=self.routing.settings,
+            streaming=self.streaming,
             num_rounds=self.rounds.count,
             idle_s=self.run.idle_s,
         )
@@ -164,7 +288,7 @@ def load_run_file(path: Path) -> RunFile:
         raise RunFileError(f"{path} is not UTF-8: {error}") from error
     except (OSError, ValueError) as error:
         # Too long, or with a character that no path has.
-        raise RunFileError(f"{path}: base.source or gate.heldout cannot be a path: {error}") from error
+        raise RunFileError(f"{path}: one of the paths in it cannot be a path: {error}") from error
     except UsageError as error:
         hint = error.hint or "weft init writes a run file with every key and its meaning"
         raise RunFileError(f"{path}: {error.message}", hint=hint) from error
@@ -181,21 +305,27 @@ def parse_run_file(text: str) -> RunFile:
 
 
 def _resolved(run_file: RunFile, directory: Path) -> RunFile:
-    """A copy in which a local base and the held-out data are absolute."""
-    source, heldout = run_file.base.source, run_file.gate.heldout
+    """A copy in which a local base, the held-out data, the router and the shards are absolute."""
+    source = run_file.base.source
     if (directory / source).exists() or source.startswith((".", "/")):
         source = str((directory / source).resolve())
-    if heldout:
-        heldout = str((directory / heldout).resolve())
-        if not Path(heldout).exists():
-            raise RunFileError(
-                f"gate.heldout: there is no {heldout}",
-                hint="name a file of the training formats, or remove the key",
-            )
+    hints = {
+        "gate.heldout": "name a file of the training formats, or remove the key",
+        "routing.router": "weft route fit DATA --base DIR --experts 4x4 --to FILE writes one",
+        "routing.shards": "weft route shard DATA --router FILE --to DIR writes them",
+    }
+    found = {}
+    for key, hint in hints.items():
+        section, _, name = key.partition(".")
+        given = getattr(getattr(run_file, section), name)
+        found[name] = str((directory / given).resolve()) if given else ""
+        if given and not Path(found[name]).exists():
+            raise RunFileError(f"{key}: there is no {found[name]}", hint=hint)
     return dataclasses.replace(
         run_file,
         base=dataclasses.replace(run_file.base, source=source),
-        gate=dataclasses.replace(run_file.gate, heldout=heldout),
+        gate=dataclasses.replace(run_file.gate, heldout=found["heldout"]),
+        routing=dataclasses.replace(run_file.routing, router=found["router"], shards=found["shards"]),
     )
 
 
@@ -212,17 +342,24 @@ def template(*, name: str, source: str, digest: str = "") -> str:
     )
     docs = field_docs(RunFile)
     for section in dataclasses.fields(RunFile):
-        value = getattr(values, section.name)
-        if section.name == "statistics":
-            value = StatisticsSection()
+        optional = _OPTIONAL.get(section.name)
+        value = optional or getattr(values, section.name)
         lines += [
             f"# {docs[section.name]}",
-            *_section(section.name, value, commented=section.name == "statistics"),
+            *_section(section.name, value, commented=optional is not None),
             "",
         ]
     lines += [*_section("merge.ties", TiesParameters(), commented=True), ""]
     lines += _section("merge.fisher", FisherParameters(), commented=True)
     return "\n".join(lines).rstrip() + "\n"
+
+
+_OPTIONAL: Final[Mapping[str, Any]] = {
+    "slow_uplink": SlowUplink(below_mbit_s=20.0, codec=CodecSettings(kind=CodecKind.TERNARY)),
+    "statistics": StatisticsSection(),
+    "streaming": StreamingSettings(),
+}
+"""What the template shows, commented out, of sections that a run does without."""
 
 
 def _section(name: str, value: Any, *, commented: bool = False) -> list[str]:

@@ -22,11 +22,20 @@ from weft.common.manifest import Signed, parse_json
 from weft.common.recipe import RECIPE_TYPE, Recipe
 from weft.common.settings import from_table
 from weft.common.statements import STATEMENT_BYTES_MAX
+from weft.server.activity import run_view
 from weft.server.admission import AcceptedStatement
-from weft.server.assignment import Lease
+from weft.server.assignment import Lease, RunView
 from weft.server.backend import Caller, Changes
-from weft.server.live import LEASE_S, Live
-from weft.server.records import LeaseRecord, RunRecord, Traffic, VersionRecord
+from weft.server.live import LEASE_S, PRESENT_S, Live
+from weft.server.paths import PathRecord
+from weft.server.records import (
+    HoldingRecord,
+    LeaseRecord,
+    RoutingRecord,
+    RunRecord,
+    Traffic,
+    VersionRecord,
+)
 from weft.server.roster import Clock
 from weft.server.rounds import Round
 from weft.server.run import ContentOf, Run, check_complete
@@ -55,6 +64,7 @@ class State:
         self.work = Changes()
         """Notified whenever a poll that found no task may find one."""
         self.draining = False
+        self.started_s = clock.monotonic()
         self.live: dict[WorkerId, Live] = {}
         self.last_accept_s: dict[tuple[RunId, ModuleKey], float] = {}
         """When the current round of a module last took an update, monotonic clock."""
@@ -87,6 +97,14 @@ class State:
             self._loaded(version.run).versions.setdefault(version.module, []).append(version)
         for round_ in self.ledger.all("round", Round).values():
             self._loaded(round_.run).rounds.setdefault(round_.module, []).append(round_)
+        for path in self.ledger.all("path", PathRecord).values():
+            self._loaded(path.run).paths[path.path] = path
+        for routing in self.ledger.all("routing", RoutingRecord).values():
+            self._loaded(routing.run).routing = routing
+        for holding in self.ledger.all("holding", HoldingRecord).values():
+            run = self._loaded(holding.run)
+            if run.routing is not None and holding.router == run.routing.router:
+                run.take_holding(holding)
         for run in self.runs.values():
             check_complete(run)
 
@@ -151,6 +169,16 @@ class State:
         live.seen_s, live.seen_at = now_s, now
         return live
 
+    def is_present(self, worker_id: WorkerId) -> bool:
+        """Whether a worker was heard of lately; after a start everybody is, for as long as that takes."""
+        live, now_s = self.live.get(worker_id), self.clock.monotonic()
+        seen_s = self.started_s if live is None else live.seen_s
+        return now_s - seen_s < PRESENT_S
+
+    def view(self, run: Run) -> RunView:
+        """What assignment, closing and the status need of a run."""
+        return run_view(run, self.is_present)
+
     def notify(self) -> None:
         """Wake watchers, and polls that may find work now; needs no lock."""
         self.changed.notify()
@@ -188,6 +216,14 @@ class State:
     def write_lease(self, lease: Lease) -> None:
         """Write a lease; within a transaction."""
         self.ledger.put("lease", lease.token, _record(lease), run=lease.run)
+
+    def write_path(self, record: PathRecord) -> None:
+        """Write what is known of a path; within a transaction."""
+        self.ledger.put("path", f"{record.run}/{record.path}", record, run=record.run)
+
+    def write_holding(self, record: HoldingRecord) -> None:
+        """Write what a worker holds; within a transaction."""
+        self.ledger.put("holding", f"{record.run}/{record.worker_id}", record, run=record.run)
 
     def write_traffic(self, run: Run) -> None:
         """Write what a run has moved; within a transaction."""
@@ -234,6 +270,8 @@ def _record(lease: Lease) -> LeaseRecord:
         rounds={str(module): number for module, number in lease.rounds},
         starts={str(module): version for module, version in lease.starts},
         num_steps=lease.num_steps,
+        purpose=lease.purpose,
+        rank=lease.rank,
     )
 
 
@@ -248,6 +286,8 @@ def _armed(record: LeaseRecord, now_s: float) -> Lease:
         rounds=tuple((ModuleKey.parse(module), number) for module, number in sorted(record.rounds.items())),
         starts=tuple((ModuleKey.parse(module), version) for module, version in sorted(record.starts.items())),
         num_steps=record.num_steps,
+        purpose=record.purpose,
+        rank=record.rank,
         granted_s=now_s,
         expires_s=now_s + LEASE_S,
         progress_s=now_s,

@@ -6,26 +6,28 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping
 
-from weft.common.ids import ModuleKey, WorkerId
+from weft.common.ids import ModuleKey, Path, WorkerId
 from weft.common.protocol import (
     LossPoint,
     ModuleStatus,
+    PathStatus,
+    Purpose,
     RoundState,
     RoundStatus,
     RunStatus,
     WorkerState,
     WorkerStatus,
 )
-from weft.server.assignment import Lease
+from weft.server.assignment import Lease, RunView
 from weft.server.live import LEASE_S, REJECTIONS_MAX, Live
 from weft.server.records import WorkerRecord
 from weft.server.rounds import ENDED, Round, waiting_reason
 from weft.server.run import Run
 
 
-def run_statuses(runs: Iterable[Run], leases: tuple[Lease, ...]) -> tuple[RunStatus, ...]:
-    """Runs with their modules and current rounds."""
-    return tuple(_run_status(run, leases) for run in runs)
+def run_statuses(runs: Iterable[tuple[Run, RunView]], leases: tuple[Lease, ...]) -> tuple[RunStatus, ...]:
+    """Runs with their modules, current rounds and paths."""
+    return tuple(_run_status(run, view, leases) for run, view in runs)
 
 
 def worker_statuses(
@@ -46,11 +48,13 @@ def worker_statuses(
     )
 
 
-def round_statuses(run: Run, leases: Iterable[Lease], *, module: str = "") -> tuple[RoundStatus, ...]:
+def round_statuses(
+    run: Run, view: RunView, leases: Iterable[Lease], *, module: str = ""
+) -> tuple[RoundStatus, ...]:
     """Past and present rounds, by module, then number."""
     held = tuple(leases)
     return tuple(
-        round_status(round_, run, held)
+        round_status(round_, view, held)
         for key in sorted(run.rounds)
         if not module or str(key) == module
         for round_ in run.rounds[key]
@@ -58,22 +62,23 @@ def round_statuses(run: Run, leases: Iterable[Lease], *, module: str = "") -> tu
     )
 
 
-def round_status(round_: Round, run: Run, leases: tuple[Lease, ...]) -> RoundStatus:
+def round_status(round_: Round, view: RunView, leases: tuple[Lease, ...]) -> RoundStatus:
     """One round, with the reason for its state."""
-    policy = run.run_file.rounds
+    policy, paths = view.policy, view.active_through(round_.module)
+    num_paths = 1 if policy.asynchronous else max(1, len(paths))
     in_flight = sum(lease.trains(round_) for lease in leases)
     collecting = round_.state is RoundState.COLLECTING
     gate = round_.gate
     return RoundStatus(
-        run_id=run.record.run,
+        run_id=round_.run,
         module=str(round_.module),
         round_number=round_.number,
         base_version=round_.base_version,
         state=round_.state,
-        reason=waiting_reason(round_, policy, in_flight) if collecting else round_.reason,
+        reason=waiting_reason(round_, policy, in_flight, paths=paths) if collecting else round_.reason,
         num_updates=len(round_.updates),
-        target=policy.target,
-        quorum=policy.quorum,
+        target=policy.buffer or policy.target * num_paths,
+        quorum=policy.buffer or policy.quorum * num_paths,
         num_in_flight=in_flight,
         opened_at=round_.opened_at,
         ended_at=round_.ended_at,
@@ -85,15 +90,14 @@ def round_status(round_: Round, run: Run, leases: tuple[Lease, ...]) -> RoundSta
     )
 
 
-def _run_status(run: Run, leases: tuple[Lease, ...]) -> RunStatus:
-    view = run.view
+def _run_status(run: Run, view: RunView, leases: tuple[Lease, ...]) -> RunStatus:
     updates = [update for rounds in run.rounds.values() for round_ in rounds for update in round_.updates]
-    modules = tuple(_module_status(run, module, leases) for module in sorted(run.rounds))
+    modules = tuple(_module_status(run, view, module, leases) for module in sorted(run.rounds))
     parameters = {module: run.schema(module).num_parameters for module in run.rounds}
     sent_bf16 = sum(
         2 * parameters[module] * len(round_.updates) for module in run.rounds for round_ in run.rounds[module]
     )
-    waiting = [module.round.reason for module in modules if module.round.state not in ENDED]
+    waiting = [module.round.reason for module in modules if module.round.state not in ENDED][:8]
     return RunStatus(
         run_id=run.record.run,
         num_rounds=run.run_file.rounds.count,
@@ -107,10 +111,57 @@ def _run_status(run: Run, leases: tuple[Lease, ...]) -> RunStatus:
         bytes_down=run.traffic.bytes_down,
         bytes_up_bf16=sent_bf16,
         eta_s=_eta_s(run),
+        paths=_path_statuses(run, view, leases) if run.recipe.topology.num_paths > 1 or run.paths else (),
     )
 
 
-def _module_status(run: Run, module: ModuleKey, leases: tuple[Lease, ...]) -> ModuleStatus:
+def _path_statuses(run: Run, view: RunView, leases: tuple[Lease, ...]) -> tuple[PathStatus, ...]:
+    at_work: dict[Path, list[Lease]] = {}
+    for lease in leases:
+        if lease.run == run.record.run and lease.purpose is not Purpose.ROUTE:
+            at_work.setdefault(lease.path, []).append(lease)
+    return tuple(_path_status(run, view, path, at_work.get(path, [])) for path in run.recipe.topology.paths)
+
+
+def _path_status(run: Run, view: RunView, path: Path, at_work: list[Lease]) -> PathStatus:
+    record = run.paths.get(path)
+    newest, best = (record.newest, record.best) if record else (None, None)
+    current = [view.rounds[module] for module in path.modules]
+    return PathStatus(
+        path=str(path),
+        state=_path_state(view, path, at_work),
+        workers=tuple(sorted(lease.worker_id for lease in at_work)),
+        num_in=sum(update.path == path for round_ in current for update in round_.updates),
+        validation_loss=newest.loss if newest else None,
+        best_loss=best.loss if best else None,
+        best_versions=best.versions if best else (),
+        num_sequences=sum(holding.sequences.get(str(path), 0) for holding in run.holdings.values())
+        or run.num_documents(path),
+    )
+
+
+def _path_state(view: RunView, path: Path, at_work: list[Lease]) -> str:
+    """One line for people."""
+    if at_work:
+        return ", ".join(sorted({lease.purpose.name.lower() for lease in at_work}))
+    open_ = [
+        view.rounds[module] for module in path.modules if view.rounds[module].number <= view.policy.count
+    ]
+    # Whoever left once a run was over is missed by nobody.
+    over = not open_ and view.routes_locally and path not in view.stopped
+    if not over and (reason := view.inactive.get(path)) is not None:
+        return reason
+    if not open_:
+        return "has had its rounds"
+    behind = [
+        f"{round_.module} is {round_.state.name.lower()}"
+        for round_ in open_
+        if round_.state is not RoundState.COLLECTING or any(update.path == path for update in round_.updates)
+    ]
+    return f"waits: module {'; '.join(behind)}" if behind else "waits for a worker"
+
+
+def _module_status(run: Run, view: RunView, module: ModuleKey, leases: tuple[Lease, ...]) -> ModuleStatus:
     rounds = run.rounds[module]
     newest = run.newest(module)
     shown = rounds[-1] if rounds[-1].number <= run.run_file.rounds.count else rounds[-2]
@@ -120,7 +171,7 @@ def _module_status(run: Run, module: ModuleKey, leases: tuple[Lease, ...]) -> Mo
         version=newest.version,
         num_parameters=run.schema(module).num_parameters,
         digest=newest.digest,
-        round=round_status(shown, run, leases),
+        round=round_status(shown, view, leases),
         losses=tuple(
             LossPoint(step=round_.number, loss=statistics.fmean(update.loss for update in round_.updates))
             for round_ in rounds

@@ -6,7 +6,9 @@ Bytes move without the state's lock, which is taken here for what is decided and
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from weft.common.blobs import FILES, chunk_bytes, digest_of, manifest_of, storage_errors
 from weft.common.errors import NotFound, StorageError, UpdateRejected
@@ -18,6 +20,12 @@ from weft.server.backend import Caller
 from weft.server.live import UPLOADS_PER_MODULE
 from weft.server.run import Run
 from weft.server.state import State
+
+READABLE: Final[Mapping[Role, frozenset[str]]] = {
+    Role.WORKER: frozenset({"base", "version", "router", "shard"}),
+    Role.VIEWER: frozenset({"base", "version", "router"}),
+}
+"""What blobs of its runs a role may read; an admin may read all."""
 
 
 class Transfers:
@@ -35,7 +43,7 @@ class Transfers:
         """Declare an update's blob; raises LeaseLost, UpdateRejected over the quota."""
         lease = self._leased(caller, lease_token)
         run = self._state.runs[lease.run]
-        quota = max(run.update_bytes_max(module) for module, _ in lease.rounds)
+        quota = max((run.update_bytes_max(module) for module, _ in lease.rounds), default=0)
         if blob.size_bytes > quota:
             raise UpdateRejected(f"an update of {blob.size_bytes} bytes, where at most {quota} are possible")
         with self._state.lock:
@@ -108,7 +116,7 @@ class Transfers:
             if caller.role is Role.ADMIN and owners:
                 return self._state.runs.get(RunId(min(owners)[1]))
             for kind, run in sorted(owners):
-                if kind in ("base", "version") and caller.may_see(run):
+                if kind in READABLE.get(caller.role, ()) and caller.may_see(run):
                     return self._state.runs[RunId(run)]
         raise NotFound(f"there is no blob {blob[:12]} here")
 

@@ -28,12 +28,13 @@ from weft.common.identity.signing import SigningKey
 from weft.common.identity.token import JoinToken, join_proof
 from weft.common.ids import Digest, ModuleKey, TaskId, WorkerId
 from weft.common.manifest import Signed, canonical_json
-from weft.common.modules import Schema, TensorSpec
+from weft.common.modules import Schema, TensorSpec, Topology
 from weft.common.protocol import (
     CHUNK_BYTES,
     BlobManifest,
     PollAnswer,
     ProgressAnswer,
+    Purpose,
     Receipt,
     Role,
     Stage,
@@ -41,8 +42,17 @@ from weft.common.protocol import (
     Unable,
 )
 from weft.common.recipe import BaseFile, BasePin
+from weft.common.routing import RoutedDocument, random_router, write_router, write_shards
+from weft.common.sequences import Row
 from weft.common.settings import to_table
-from weft.common.statements import JOIN_TYPE, UPDATE_TYPE, JoinStatement, UpdateOfModule, UpdateStatement
+from weft.common.statements import (
+    JOIN_TYPE,
+    UPDATE_TYPE,
+    Holding,
+    JoinStatement,
+    UpdateOfModule,
+    UpdateStatement,
+)
 from weft.common.tensors import Float32Array, open_module, write_module, write_tensors
 from weft.server.backend import Caller
 from weft.server.coordinator import Coordinator
@@ -308,21 +318,47 @@ def prepare(wanted: RunFile, to: Path) -> dict[str, Any]:
     }
 
 
-def accepted_update(worker: str, *, duration_s: float = 100.0, task: str = "t-1") -> Accepted:
+def accepted_update(
+    worker: str, *, duration_s: float = 100.0, task: str = "", path: tuple[int, ...] = (0,), start: int = 0
+) -> Accepted:
     """An update as a round remembers it."""
     return Accepted(
         worker_id=WorkerId(worker),
-        task_id=TaskId(task),
+        task_id=TaskId(task or f"t-{worker}"),
         epoch=1,
         update_digest=Digest("0" * 64),
         size_bytes=1,
         weight=1.0,
+        num_tokens=1,
         num_steps=1,
         norm=1.0,
         loss=1.0,
         duration_s=duration_s,
         accepted_at=0.0,
+        experts=path,
+        start_version=start,
     )
+
+
+def routed(directory: Path, experts: tuple[int, ...], *, mode: str = "local", seed: int = 0) -> str:
+    """Sections of a run file over several paths, with a router (and shards, in mode given) below ``directory``."""
+    topology = Topology(experts=experts)
+    router = random_router(paths=topology.paths, base_digest=Digest("0" * 64), width=4, seed=seed)
+    path = directory / f"{mode}{seed}.router"
+    write_router(path, router)
+    sections = f'[topology]\nexperts = {list(experts)}\n[routing]\nmode = "{mode}"\nrouter = "{path}"\n'
+    if mode == "local":
+        return sections
+    rows = (
+        RoutedDocument(
+            row=Row({"text": f"text {number}"}, where=""),
+            routes=(number % len(router.paths),),
+            scores=np.zeros(1),
+        )
+        for number in range(4 * len(router.paths))
+    )
+    write_shards(directory / f"shards{seed}", rows, router, overlap=1, validation_share=0.0, router_share=0.0)
+    return f'{sections}shards = "{directory / f"shards{seed}"}"\n'
 
 
 def chunks_of(path: Path) -> Iterator[bytes]:
@@ -346,6 +382,9 @@ class Worker:
         self.key = worker_key(name)
         self.worker_id = ""
         self.session = ""
+        self.holdings: tuple[Holding, ...] = ()
+        """What it says when it is asked to route its documents."""
+        self.validation_loss: Callable[[Task], float] = lambda task: 2.0
 
     # --- who ---
 
@@ -405,7 +444,7 @@ class Worker:
         for start in task.modules:
             if start.train:
                 path = self.site.directory / "out" / f"{self.name}-{task.task_id}-{start.module}{salt}"
-                seed = f"{self.name}/{task.run_id}/{start.module}/{start.version}{salt}"
+                seed = f"{self.name}/{task.run_id}/{task.path}/{start.module}/{start.version}{salt}"
                 codec = self.site.coordinator.runs[task.run_id].recipe.codec
                 encode_update(path, SCHEMA, deltas(seed), codec)
                 paths[start.module] = path
@@ -428,6 +467,7 @@ class Worker:
     ) -> Signed:
         """The signed statement of a task; ``changes`` forge fields of it."""
         starts = {start.module: start.version for start in task.modules}
+        trains, evaluates = task.purpose is Purpose.TRAIN, task.purpose is Purpose.EVALUATE
         table = to_table(
             UpdateStatement(
                 run=task.run_id,
@@ -444,10 +484,13 @@ class Worker:
                     )
                     for module, blob in blobs.items()
                 ),
-                num_steps=task.num_steps,
+                num_steps=task.num_steps if blobs else 0,
                 num_tokens=task.num_steps * 8,
-                loss_first=3.0,
-                loss_last=2.5,
+                loss_first=3.0 if trains else 0.0,
+                loss_last=2.5 if trains else 0.0,
+                validation_loss=self.validation_loss(task) if evaluates else None,
+                validation_labels=8 if evaluates else 0,
+                holdings=self.holdings if task.purpose is Purpose.ROUTE else (),
             )
         )
         return Signed.sign(self.key, UPDATE_TYPE, canonical_json(table | (changes or {})))

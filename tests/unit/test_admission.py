@@ -17,10 +17,10 @@ from weft.server.admission import (
     check_rounds,
     check_statement,
     repeat_of,
-    weight_of,
+    tokens_of,
 )
 from weft.server.assignment import Lease
-from weft.server.rounds import Round
+from weft.server.rounds import Round, RoundPolicy
 
 A, B = WorkerId("a"), WorkerId("b")
 M0, M1 = ModuleKey(0, 0), ModuleKey(1, 0)
@@ -130,20 +130,20 @@ def rounds(number: int = 3, state: RoundState = RoundState.COLLECTING) -> dict[M
 
 
 def test_rounds_that_collect_take_updates() -> None:
-    check_rounds(LEASE, rounds())
+    check_rounds(LEASE, rounds(), RoundPolicy())
 
 
 @pytest.mark.parametrize("state", [state for state in RoundState if state is not RoundState.COLLECTING])
 def test_a_round_that_no_longer_collects_is_closed(state: RoundState) -> None:
     with pytest.raises(RoundClosed, match=r"round 3 of module 0\.0 is closed; it is at round 3"):
-        check_rounds(LEASE, rounds(state=state))
+        check_rounds(LEASE, rounds(state=state), RoundPolicy())
 
 
 def test_a_later_round_is_another_round() -> None:
     with pytest.raises(RoundClosed, match="it is at round 4"):
-        check_rounds(LEASE, rounds(number=4))
+        check_rounds(LEASE, rounds(number=4), RoundPolicy())
 
 
 @pytest.mark.parametrize(("said", "weight"), [(0, 1.0), (1, 1.0), (50, 50.0), (100, 100.0), (10**18, 100.0)])
 def test_a_claim_buys_no_weight_beyond_the_task(said: int, weight: float) -> None:
-    assert weight_of(said, tokens_asked=100) == weight
+    assert tokens_of(said, tokens_asked=100) == weight

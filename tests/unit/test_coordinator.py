@@ -308,7 +308,7 @@ def test_workers_in_threads_tear_nothing(open_site: Callable[..., Site]) -> None
         thread.join(60)
     site.engine.close()
     assert errors == []
-    assert site.run.view.finished
+    assert site.coordinator.state.view(site.run).finished
     digests = [(module, number, worker) for module, number, worker, _ in site.accepted()]
     assert len(digests) == len(set(digests))
     assert [record.version for record in site.run.versions[MODULE]] == list(range(7))
@@ -1071,5 +1071,5 @@ def test_encoding_is_real(tmp_path: Path) -> None:
     path = tmp_path / "u"
     codec = CodecSettings(kind=CodecKind.FP32)
     encode_update(path, SCHEMA, deltas("x"), codec)
-    found = screen_update(path, SCHEMA, codec, wants_fisher=False, size_bytes_max=10**6)
+    found = screen_update(path, SCHEMA, [codec], wants_fisher=False, size_bytes_max=10**6)
     assert found.norm > 0

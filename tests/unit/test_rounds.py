@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.harness import accepted_update as update
 
 from weft.common.errors import UsageError
-from weft.common.ids import Digest, ModuleKey, RunId
+from weft.common.ids import Digest, ModuleKey, Path, RunId
 from weft.common.protocol import RoundState
 from weft.server.rounds import (
     ENDED,
@@ -27,6 +27,7 @@ from weft.server.rounds import (
     GateResult,
     IllegalTransition,
     InFlight,
+    Keep,
     Merged,
     MergeFailed,
     Round,
@@ -54,6 +55,7 @@ def round_in(state: RoundState = RoundState.COLLECTING, *workers: str, duration_
 CANDIDATE = Candidate(digest=Digest("1" * 64), size_bytes=3, sha256="2" * 64)
 EVENTS: dict[type[Event], Event] = {
     Accept: Accept(update("w")),
+    Keep: Keep(update("w")),
     Close: Close("because"),
     Merged: Merged(CANDIDATE),
     MergeFailed: MergeFailed("no memory"),
@@ -98,10 +100,10 @@ def test_a_gate_that_does_not_pass_rolls_back() -> None:
     assert (after.state, after.reason, after.ended_at) == (RoundState.ROLLED_BACK, "worse", 9.0)
 
 
-def test_a_worker_is_in_a_round_once() -> None:
+def test_a_task_is_in_a_round_once() -> None:
     once = advance(round_in(), Accept(update("w")), 1.0)
     with pytest.raises(IllegalTransition, match="already"):
-        advance(once, Accept(update("w", task="t-2")), 2.0)
+        advance(once, Accept(update("w")), 2.0)
 
 
 @given(st.permutations(["a", "b", "c", "d", "e"]))
@@ -118,6 +120,7 @@ def lease(elapsed_s: float, fraction_done: float) -> InFlight:
     return InFlight(elapsed_s=elapsed_s, fraction_done=fraction_done)
 
 
+PATHS = (Path((0,)),)
 POLICY = RoundPolicy(quorum=2, target=4, straggler_factor=0.5)
 
 
@@ -163,7 +166,7 @@ def test_close_reason(
     workers: str, in_flight: list[InFlight], since_last_s: float, reason: str | None
 ) -> None:
     round_ = round_in(RoundState.COLLECTING, *workers)
-    assert close_reason(round_, POLICY, in_flight, since_last_s=since_last_s) == reason
+    assert close_reason(round_, POLICY, in_flight, paths=PATHS, since_last_s=since_last_s) == reason
 
 
 def test_the_patience_is_a_multiple_of_the_median_duration() -> None:
@@ -171,13 +174,14 @@ def test_the_patience_is_a_multiple_of_the_median_duration() -> None:
         round_in(),
         updates=tuple(update(name, duration_s=s) for name, s in (("a", 10.0), ("b", 1000.0), ("c", 20.0))),
     )
-    assert close_reason(round_, POLICY, [], since_last_s=9.9) is None
-    assert close_reason(round_, POLICY, [], since_last_s=10.0) is not None
+    assert close_reason(round_, POLICY, [], paths=PATHS, since_last_s=9.9) is None
+    assert close_reason(round_, POLICY, [], paths=PATHS, since_last_s=10.0) is not None
 
 
 def test_no_patience_closes_at_the_quorum() -> None:
     policy = RoundPolicy(quorum=1, target=9, straggler_factor=0.0)
-    assert close_reason(round_in(RoundState.COLLECTING, "a"), policy, [], since_last_s=0.0) is not None
+    round_ = round_in(RoundState.COLLECTING, "a")
+    assert close_reason(round_, policy, [], paths=PATHS, since_last_s=0.0) is not None
 
 
 @given(
@@ -193,10 +197,10 @@ def test_a_round_closes_with_a_quorum_only_and_always_in_the_end(
     policy = RoundPolicy(quorum=quorum, target=quorum + more)
     round_ = round_in(RoundState.COLLECTING, *(f"w{i}" for i in range(count)))
     in_flight = [lease(60.0, fraction) for fraction in fractions]
-    reason = close_reason(round_, policy, in_flight, since_last_s=since_last_s)
+    reason = close_reason(round_, policy, in_flight, paths=PATHS, since_last_s=since_last_s)
     assert reason is None or count >= quorum
     if count >= quorum:
-        assert close_reason(round_, policy, in_flight, since_last_s=1e7) is not None
+        assert close_reason(round_, policy, in_flight, paths=PATHS, since_last_s=1e7) is not None
     if count >= policy.target:
         assert reason is not None
 
@@ -210,7 +214,9 @@ def test_a_round_closes_with_a_quorum_only_and_always_in_the_end(
     ],
 )
 def test_waiting_reason(workers: str, num_in_flight: int, said: str) -> None:
-    assert waiting_reason(round_in(RoundState.COLLECTING, *workers), POLICY, num_in_flight) == said
+    assert (
+        waiting_reason(round_in(RoundState.COLLECTING, *workers), POLICY, num_in_flight, paths=PATHS) == said
+    )
 
 
 def test_the_round_after_a_published_one_starts_from_the_new_version() -> None:
@@ -249,3 +255,67 @@ def test_a_policy_that_cannot_work_is_refused_by_name(settings: dict[str, Any], 
     with pytest.raises(UsageError, match=key) as refused:
         RoundPolicy(**settings)
     assert refused.value.hint
+
+
+FOUR = tuple(Path((0, expert)) for expert in range(4))
+
+
+def shared(*experts: int, **more: int) -> Round:
+    """A round of a module that four paths share, with an update of each path named."""
+    updates = tuple(update(f"w{index}", path=(0, expert)) for index, expert in enumerate(experts))
+    return dataclasses.replace(round_in(), updates=updates)
+
+
+@pytest.mark.parametrize(
+    ("experts", "policy", "paths", "closes"),
+    [
+        ((0, 1, 2, 3), RoundPolicy(), FOUR, "target: 4 of 4 updates"),
+        ((0, 1, 2), RoundPolicy(), FOUR, None),
+        ((0, 1, 2), RoundPolicy(), FOUR[:3], "target: 3 of 3 updates"),
+        ((0, 0, 1, 1), RoundPolicy(), FOUR, None),
+        ((0, 0, 1, 1), RoundPolicy(target=2), FOUR[:2], "target: 4 of 4 updates"),
+        ((0, 1, 2), RoundPolicy(paths_quorum=0.75), FOUR, "quorum: 3 of 4 updates"),
+        ((0, 1), RoundPolicy(paths_quorum=0.75), FOUR, None),
+        ((0,), RoundPolicy(), (), "1 updates, and no path is active"),
+        ((), RoundPolicy(), (), None),
+    ],
+)
+def test_a_shared_module_waits_for_its_active_paths(
+    experts: tuple[int, ...], policy: RoundPolicy, paths: tuple[Path, ...], closes: str | None
+) -> None:
+    reason = close_reason(shared(*experts), policy, [], paths=paths, since_last_s=1e6)
+    assert (reason is None) if closes is None else (reason is not None and reason.startswith(closes))
+
+
+def test_a_shared_module_names_the_paths_that_it_waits_for() -> None:
+    said = waiting_reason(shared(0, 3), RoundPolicy(), 1, paths=FOUR)
+    assert said == "2 of 4 paths have their quorum; waits for path 0.1, 0.2; 1 worker(s) at work"
+
+
+def test_an_asynchronous_round_closes_by_number_alone() -> None:
+    policy = RoundPolicy(buffer=3)
+    assert close_reason(shared(0, 0), policy, [], paths=FOUR, since_last_s=1e9) is None
+    assert close_reason(shared(0, 0, 0), policy, [], paths=FOUR, since_last_s=0.0) == "buffer: 3 of 3 updates"
+
+
+@pytest.mark.parametrize("state", [RoundState.MERGING, RoundState.GATING])
+def test_what_comes_while_an_asynchronous_round_is_merged_is_in_the_next(state: RoundState) -> None:
+    kept = advance(round_in(state, "a"), Keep(update("b")), 1.0)
+    assert (kept.state, [item.worker_id for item in kept.updates]) == (state, ["a"])
+    ended = dataclasses.replace(kept, state=RoundState.PUBLISHED)
+    following = next_round(ended, 2.0)
+    assert [item.worker_id for item in following.updates] == ["b"]
+    assert (following.number, following.kept) == (2, ())
+
+
+def test_a_task_that_is_kept_already_is_not_taken_again() -> None:
+    kept = advance(round_in(RoundState.MERGING), Keep(update("b")), 1.0)
+    with pytest.raises(IllegalTransition, match="already"):
+        advance(kept, Keep(update("b")), 2.0)
+
+
+@given(st.integers(0, 1000), st.floats(0, 10))
+def test_a_staler_update_never_counts_more(staleness: int, power: float) -> None:
+    policy = RoundPolicy(buffer=1, staleness_power=power)
+    weight, staler = policy.staleness_weight(staleness), policy.staleness_weight(staleness + 1)
+    assert 0 < staler <= weight <= policy.staleness_weight(0) == 1.0

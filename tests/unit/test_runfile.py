@@ -61,8 +61,25 @@ def test_two_keys_make_a_run() -> None:
         ("[rounds]\nquorum = 0", "rounds.quorum", ""),
         ("[rounds]\nstraggler_factor = -1", "rounds.straggler_factor", "0.5"),
         ("[rounds]\nstraggler_factor = nan", "rounds.straggler_factor", "0.5"),
-        ("[topology]\nkind = 'full'", "topology.kind", "lora"),
-        ("[topology]\nexperts = [2]", "topology.experts", "[1]"),
+        ("[topology]\nexperts = [2]", "topology.experts", "weft route fit"),
+        ("[topology]\nkind = 'full'\n[merge]\nlora = 'factors'", "merge.lora", "remove"),
+        ("[topology]\noutside = 'trained'", "topology.outside", "full"),
+        ("[topology]\nexperts = [2, 0]\nlayers = [1]", "topology.layers", ""),
+        ("[topology]\nexperts = [1024, 1024]", "1048576 paths", "4096"),
+        ("[task]\nprefix_tokens = 128", "task.prefix_tokens", "inner.sequence_length"),
+        ("[rounds]\nbuffer = 4\nbackups = 1", "rounds.backups", "rounds.buffer = 0"),
+        ("[rounds]\nbuffer = 4\n[merge]\nlora = 'exact'", "merge.lora", "factors"),
+        ("[rounds]\npaths_quorum = 0.0", "rounds.paths_quorum", "0.8"),
+        ("[rounds]\nstaleness_power = -1.0", "rounds.staleness_power", ""),
+        ("[streaming]\nmixing = 0.5", "topology.levels_per_task", "levels_per_task = 1"),
+        ("[streaming]\nmixing = 1.5", "streaming.mixing", ""),
+        ("[paths]\nevaluate_every = 1", "paths.evaluate_every", "gate.heldout"),
+        ("[paths]\nearly_stop = 2", "paths.early_stop", "evaluate_every"),
+        ("[routing]\nmode = 'local'", "routing.router", "weft route fit"),
+        ("[routing]\nrouter = 'r'", "routing.router", "routing.mode"),
+        ("[routing]\nmode = 'given'\nrouter = 'r'", "routing.shards", "weft route shard"),
+        ("[routing]\nmode = 'local'\nrouter = 'r'\nshards = 's'", "routing.shards", ""),
+        ("[slow_uplink]\nbelow_mbit_s = 0.0\n[slow_uplink.codec]\nkind = 'bf16'", "slow_uplink", "20"),
         ("[topology]\nexperts = []", "topology.experts", ""),
         ("[topology]\nexperts = [0]", "topology.experts", ""),
         ("[topology]\nexperts = [1, 1]\nlevels_per_task = 3", "topology.levels_per_task", "0"),
@@ -82,7 +99,7 @@ def test_two_keys_make_a_run() -> None:
         ("[outer]\nmomentum = 0.9", "outer.momentum", "nesterov"),
         ("[outer]\nlearning_rate = 0", "outer.learning_rate", ""),
         ("[outer]\nname = 'nesterov'\nmomentum = 1.0", "outer.momentum", ""),
-        ("[codec]\nkind = 'int8'", "codec.kind", ""),
+        ("[codec]\nkind = 'int7'", "codec.kind", ""),
         ("[codec]\ndensity = 0.0", "codec.density", ""),
         ("[task]\nkind = 'sequence-classification'", "task.num_labels", ""),
         ("[task]\nnum_labels = 3", "task.num_labels", "sequence-classification"),
@@ -219,16 +236,19 @@ KEYS = sorted(
     {key for section in SECTIONS for key in to_table(parse_run_file(WHOLE)).get(section, {})}
     | {"lora", "ties", "other"}
 )
-VALUES = st.recursive(
+SCALARS = (
     st.booleans()
     | st.integers()
     | st.floats()
     | st.sampled_from(
         ["ties", "fisher", "exact", "nesterov", "sgd", "lora", "full", "ternary", "", "/", "a\x00b"]
     )
-    | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=2),
-    max_leaves=4,
+    | st.text(max_size=5)
+)
+VALUES = (
+    SCALARS
+    | st.lists(SCALARS, max_size=2)
+    | st.dictionaries(st.sampled_from(KEYS), SCALARS | st.lists(SCALARS, max_size=2), max_size=2)
 )
 
 

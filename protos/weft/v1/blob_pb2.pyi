@@ -43,9 +43,7 @@ global___BlobManifest = BlobManifest
 
 @typing.final
 class BlobRef(google.protobuf.message.Message):
-    """Declares a blob that belongs to a leased task and asks which chunks are missing. Idempotent.
-    A blob to get with GetBlob and GetChunk.
-    """
+    """A blob to get with GetBlob and GetChunk."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -67,6 +65,8 @@ global___BlobRef = BlobRef
 
 @typing.final
 class FindMissingRequest(google.protobuf.message.Message):
+    """Declares a blob that belongs to a leased task and asks which chunks are missing. Idempotent."""
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LEASE_TOKEN_FIELD_NUMBER: builtins.int

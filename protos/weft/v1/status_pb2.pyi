@@ -339,7 +339,7 @@ class PathStatus(google.protobuf.message.Message):
     best_loss: builtins.float
     """Lowest so far."""
     num_sequences: builtins.int
-    """Training sequences that are known of; 0 when that is not known."""
+    """Training sequences that workers hold, or documents of the shard; 0 when that is not known."""
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Workers at work on it."""
