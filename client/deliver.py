@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,15 @@ from weft.common.errors import UsageError
 from weft.common.export import model_card, write_hf, write_peft
 from weft.common.ids import ModuleRef
 from weft.common.manifest import VersionManifest
+from weft.common.modules import Kind
 from weft.common.recipe import Recipe, TaskKind
+
+
+class Form(enum.StrEnum):
+    """What is written."""
+
+    PEFT = "peft"
+    HF = "hf"
 
 
 class Coordinator(Published, Source, Protocol):
@@ -49,17 +58,7 @@ class Delivered:
             "form": "hf" if self.merged else "peft",
             "run": self.resolved.recipe.run,
             "base_digest": self.resolved.recipe.base.digest,
-            "modules": [
-                {
-                    "module": str(manifest.module),
-                    "version": manifest.version,
-                    "blake3": manifest.content_digest,
-                    "sha256": manifest.content_sha256,
-                    "manifest_blake3": manifest.digest,
-                    "gate": manifest.gate.outcome.value,
-                }
-                for manifest in self.resolved.manifests
-            ],
+            "modules": [version_table(manifest) for manifest in self.resolved.manifests],
         }
 
     def lines(self) -> list[str]:
@@ -88,7 +87,7 @@ def deliver(
     *,
     home: Home,
     ca_pem: str,
-    merged: bool,
+    form: Form | None,
     base: Path | None,
     progress: Progress,
 ) -> Delivered:
@@ -100,20 +99,18 @@ def deliver(
         to: A directory that does not exist or is empty.
         home: For what arrives, and for bases.
         ca_pem: The pinned authority.
-        merged: Fold it into the base and write a whole model.
-        base: Directory of the base, if it is here; only used when ``merged``, and for the lines that load an adapter.
+        form: What to write; None takes an adapter for LoRA and a whole model for full modules.
+        base: Directory of the base, if it is here; used for a whole model, and for the lines that load an adapter.
         progress: Told bytes there and bytes in all.
 
     Raises:
         UsageError: ``to`` is not empty, or the modules are not a whole path.
         NotFound, AccessError, StorageError, NetworkError: See :mod:`weft.client.pull`.
     """
-    to = to.expanduser().absolute()
-    if to.is_file() or (to.is_dir() and any(to.iterdir())):
-        # The export refuses too; before a download is the kinder moment.
-        raise UsageError(f"{to} is not empty", hint="give --to a directory that does not exist yet")
+    to = free_directory(to)
     resolved = resolve(coordinator, ref, ca_pem=ca_pem)
-    check_whole(resolved)
+    check_whole(resolved, ref)
+    merged = _form(resolved.recipe, form, ref) is Form.HF
     cache = home.root / "pulls"
     tensors = fetch(coordinator, resolved, cache, progress)
     recipe, named, files = resolved.recipe, base_name(resolved.recipe), documents(resolved)
@@ -122,7 +119,7 @@ def deliver(
         title=str(ref), recipe=recipe, base_name=named, lineage=ancestors, is_adapter=not merged
     )
     if merged:
-        directory = _find_base(coordinator, recipe, home, base, progress)
+        directory = find_pinned_base(coordinator, recipe, home, base, progress)
         write_hf(to, directory, recipe, tensors, card=card, extra_files=files)
     else:
         write_peft(to, recipe, tensors, card=card, base_name=named, extra_files=files)
@@ -133,7 +130,41 @@ def deliver(
     )
 
 
-def _find_base(source: Source, recipe: Recipe, home: Home, given: Path | None, progress: Progress) -> Path:
+def version_table(manifest: VersionManifest) -> dict[str, Any]:
+    """One version that was pulled, for scripts."""
+    return {
+        "module": str(manifest.module),
+        "version": manifest.version,
+        "blake3": manifest.content_digest,
+        "sha256": manifest.content_sha256,
+        "manifest_blake3": manifest.digest,
+        "gate": manifest.gate.outcome.value,
+    }
+
+
+def free_directory(to: Path) -> Path:
+    """The directory to make, absolute; raises UsageError unless it is free, before anything is downloaded."""
+    to = to.expanduser().absolute()
+    if to.is_file() or (to.is_dir() and any(to.iterdir())):
+        raise UsageError(f"{to} is not empty", hint="give --to a directory that does not exist yet")
+    return to
+
+
+def _form(recipe: Recipe, form: Form | None, ref: ModuleRef) -> Form:
+    if recipe.topology.kind is Kind.LORA:
+        return form or Form.PEFT
+    if form is Form.PEFT:
+        raise UsageError(
+            f"the modules of {recipe.run} are whole transformer blocks, and no adapter holds those",
+            hint=f"weft pull {ref} --to DIR writes the whole model",
+        )
+    return Form.HF
+
+
+def find_pinned_base(
+    source: Source, recipe: Recipe, home: Home, given: Path | None, progress: Progress
+) -> Path:
+    """The run's base on this machine, fetched if need be: see :func:`weft.client.bases.find_base`."""
     return find_base(
         recipe.base,
         given=given,

@@ -87,7 +87,7 @@ class WorkerSettings:
     """How this machine works for a coordinator; remembered for `weft join` without arguments."""
 
     data: str
-    """Absolute path of the training data."""
+    """Absolute path of the training data; empty where only runs that give their data are served."""
     name: str
     """Display name."""
     device: str = ""
@@ -100,6 +100,10 @@ class WorkerSettings:
     """Directory of the base; empty uses the cache, the Hub or the coordinator."""
     threads: int = 0
     """CPU threads; 0 leaves it to torch."""
+    rank: int = 0
+    """Largest LoRA rank to train; 0 for any that fits into memory."""
+    processes: int = 0
+    """Processes that share each batch, a GPU for each; 0 or 1 is this one alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

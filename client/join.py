@@ -11,6 +11,7 @@ A viewer joins in the same way and then only looks.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -20,7 +21,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,7 +56,10 @@ from weft.common.statements import JOIN_TYPE, JoinStatement
 if TYPE_CHECKING:
     # torch takes seconds to import: a wrong token is refused before.
     from weft.client.device import Device
+    from weft.client.trainer.gradients import Gradients
+    from weft.client.trainer.parallel import Group
     from weft.client.worker import View, Worker
+    from weft.common.composition import Quantisation
 
 logger = logging.getLogger(__name__)
 
@@ -212,23 +216,18 @@ def settle(state: Path, given: Mapping[str, str | int | None]) -> WorkerSettings
     """What was given, over what was remembered.
 
     Raises:
-        UsageError: There is no data path, neither given nor remembered.
-        DataError: There is nothing at it.
+        DataError: There is nothing at the data path.
     """
     remembered = load_settings(state)
-    values: dict[str, str | int] = {"name": socket.gethostname()}
+    values: dict[str, str | int] = {"name": socket.gethostname(), "data": ""}
     if remembered is not None:
         values |= to_table(remembered)
     values |= {key: value for key, value in given.items() if value is not None}
-    if "data" not in values:
-        raise UsageError(
-            "there is no data to train on", hint="give --data PATH: .txt, .jsonl, .parquet, or a directory"
-        )
     for key in ("data", "base"):
         if values.get(key):
             values[key] = str(Path(str(values[key])).expanduser().absolute())
     settings = WorkerSettings(**values)  # type: ignore[arg-type]
-    if not Path(settings.data).exists():
+    if settings.data and not Path(settings.data).exists():
         raise DataError(f"there is no {settings.data}", hint="give --data a file or a directory that exists")
     return settings
 
@@ -291,9 +290,13 @@ def make_worker(
     *,
     view: View,
     leave_when_finished: bool,
+    group: Group | None = None,
 ) -> tuple[Worker, Transport]:
-    """The worker and its connection."""
+    """The worker and its connection; ``group`` is what :func:`beside` gives."""
+    from weft.client.trainer.gradients import ALONE
     from weft.client.worker import Setup, Worker
+
+    quantise: Quantisation = "4bit" if settings.quantise else "none"
 
     stop_waits = threading.Event()
     access = Access(member=member, key_file=state / KEY)
@@ -307,10 +310,12 @@ def make_worker(
         coordinator_key=bytes.fromhex(member.coordinator_key),
         state=state,
         bases=home.base_directory,
-        data=Path(settings.data),
+        data=Path(settings.data) if settings.data else None,
         base=Path(settings.base) if settings.base else None,
         device=device,
-        quantise="4bit" if settings.quantise else "none",
+        quantise=quantise,
+        rank_max=settings.rank,
+        gradients=_gradients_of(group, device, quantise) if group else lambda base_dir: ALONE,
     )
     worker = Worker(
         setup,
@@ -322,6 +327,29 @@ def make_worker(
         leave_when_finished=leave_when_finished,
     )
     return worker, transport
+
+
+@contextlib.contextmanager
+def beside(settings: WorkerSettings, device: Device) -> Iterator[Group | None]:
+    """Processes that share each batch, for as long as the worker lives; none unless the settings ask for several.
+
+    Raises:
+        UsageError: There are not as many devices.
+    """
+    if settings.processes < 2:
+        yield None
+        return
+    from weft.client.trainer.parallel import launch
+
+    with launch(settings.processes, device.torch_device) as group:
+        yield group
+
+
+def _gradients_of(group: Group, device: Device, quantise: Quantisation) -> Callable[[Path], Gradients]:
+    def gradients(base_dir: Path) -> Gradients:
+        return group.gradients(base_dir, dtype=device.dtype, quantise=quantise)
+
+    return gradients
 
 
 def work(worker: Worker, on_stop: Callable[[int], None]) -> int:

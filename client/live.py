@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from weft.client.watch import plain, render, steps
+from weft.client.cells import plain
+from weft.client.watch import render, steps
 from weft.common.errors import NetworkError
 from weft.common.protocol import Status
 
@@ -81,7 +82,7 @@ class JsonLines(_Plain):
 
 
 class Lines(_Plain):
-    """One line for each change of a round."""
+    """One line for each change of a round or path."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
         super().__init__(say)

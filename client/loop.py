@@ -7,11 +7,12 @@
 
 Each phase has one action. What came of it is an event; :func:`after` gives the life after an event,
 :func:`next_action` what to do now. What is retried is the same action: a trained update is never trained again
-because the coordinator restarted. Three rules decide every failure (``REMEDIES``):
+because the coordinator restarted. Four rules decide every failure (``REMEDIES``):
 
 * the other side cannot be reached: wait, a little longer each time, and try again, for ever;
 * the task is no longer ours (lease lost, round closed): drop it and ask for another;
-* we cannot do the task: give it back with the reason, and after the second time stop asking for the run's tasks.
+* we cannot do the task: give it back with the reason, and after the second time stop asking for the run's tasks;
+* only the data of the task's path cannot be used: give it back and ask for another, later each time. The run goes on.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ from weft.common.errors import (
     NotFound,
     OutOfMemory,
     RoundClosed,
+    RouterMismatch,
     SessionExpired,
     TooManyAttempts,
+    UpdateTooStale,
     UsageError,
     WeftError,
 )
-from weft.common.protocol import PollAnswer, Task, Unable
+from weft.common.protocol import PollAnswer, Purpose, Task, Unable
 
 BACKOFF_FIRST_S: Final = 0.5
 BACKOFF_MAX_S: Final = 30.0
@@ -104,15 +107,19 @@ REMEDIES: Final[Mapping[type[WeftError], Remedy]] = {
     SessionExpired: Remedy.RECONNECT,
     LeaseLost: Remedy.DROP,
     RoundClosed: Remedy.DROP,
+    UpdateTooStale: Remedy.DROP,
     ConflictingUpdate: Remedy.DROP,
     OutOfMemory: Remedy.UNABLE,
     BaseModelError: Remedy.UNABLE,
+    RouterMismatch: Remedy.UNABLE,
     DataError: Remedy.UNABLE,
     DiskFull: Remedy.UNABLE,
     CorruptState: Remedy.UNABLE,
     AccessError: Remedy.LEAVE,
 }
 """By class of error; the nearest base counts."""
+_PASSING: Final = frozenset({Remedy.RETRY, Remedy.RECONNECT, Remedy.DROP, Remedy.LEAVE})
+"""What is not for this worker's data to answer for."""
 _THEIRS: Final = frozenset({Phase.POLLING, Phase.SENDING, Phase.SUBMITTING})
 """Phases that write nothing here."""
 _ABOUT_US: Final = (NotFound, UsageError, InputError, DiskFull)
@@ -135,6 +142,15 @@ class Failed:
     """The phase's action failed."""
 
     error: WeftError
+    of_path: bool = False
+    """Whether it concerns the data of the task's path alone: another path of the run may well be served."""
+
+
+@dataclass(frozen=True, slots=True)
+class TooMuch:
+    """The task is larger than this worker can do, which the next poll says."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +165,7 @@ class StopRequested:
     """The person at this machine wants it to stop; the second time at once."""
 
 
-Event: TypeAlias = Done | Polled | Failed | Told | StopRequested
+Event: TypeAlias = Done | Polled | Failed | TooMuch | Told | StopRequested
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +184,9 @@ class Life:
     num_stops: int = 0
     """How often it was told to stop."""
     num_accepted: int = 0
-    """Updates accepted since the start."""
+    """Tasks accepted since the start."""
+    num_paths_failed: int = 0
+    """Tasks in a row whose path has no usable data here."""
     troubles: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """By run: tasks that failed here since the last accepted update."""
     unable: tuple[Unable, ...] = ()
@@ -231,6 +249,11 @@ def after(life: Life, event: Event, *, chance: float = 0.5) -> Life:
             return _succeeded(life)
         case Told(reason):
             return _to_poll(life, f"told to drop the task: {reason}")
+        case TooMuch(reason):
+            return _given_back(life, reason)
+        case Failed(error, of_path=True) if life.task is not None and remedy_of(error) not in _PASSING:
+            failed = dataclasses.replace(life, num_paths_failed=life.num_paths_failed + 1)
+            return _given_back(failed, str(error))
         case Failed(error):
             return _failed(life, error, chance)
 
@@ -268,22 +291,43 @@ def _succeeded(life: Life) -> Life:
         raise ValueError(f"{life.phase.value} cannot simply succeed")
     if life.phase is Phase.SUBMITTING:
         return _accepted(life)
-    if NEXT[life.phase] is Phase.POLLING:
-        return _to_poll(life, "connected" if life.phase is Phase.CONNECTING else "the task was given back")
+    if life.phase is Phase.CONNECTING:
+        return _to_poll(life, "connected")
+    if life.phase is Phase.RELEASING:
+        return _later(_to_poll(life, "the task was given back"))
     return _to(life, NEXT[life.phase], f"{life.phase.value} is done", task=life.task)
 
 
 def _accepted(life: Life) -> Life:
     assert life.task is not None  # noqa: S101 - only a task can be submitted
-    troubles = {run: count for run, count in life.troubles.items() if run != life.task.run_id}
-    counted = dataclasses.replace(life, num_accepted=life.num_accepted + 1, troubles=troubles)
-    return _to_poll(counted, f"the update of task {life.task.task_id} was accepted")
+    trained = life.task.purpose is Purpose.TRAIN
+    # Who can evaluate but not train stays in trouble.
+    troubles = {run: count for run, count in life.troubles.items() if not trained or run != life.task.run_id}
+    counted = dataclasses.replace(
+        life, num_accepted=life.num_accepted + 1, num_paths_failed=0, troubles=troubles
+    )
+    what = "the update of task" if trained else "task"
+    return _to_poll(counted, f"{what} {life.task.task_id} was accepted")
+
+
+def _given_back(life: Life, reason: str) -> Life:
+    """Give a task back that says nothing of the run's other tasks."""
+    if life.task is None or life.phase is Phase.RELEASING:
+        raise ValueError(f"there is nothing to give back while {life.phase.value}")
+    return _to(life, Phase.RELEASING, reason, task=life.task)
+
+
+def _later(life: Life) -> Life:
+    """Wait before the poll where one path after another had no usable data: it may be the same path each time."""
+    if life.phase is not Phase.POLLING or not life.num_paths_failed:
+        return life
+    return dataclasses.replace(life, wait_s=backoff_s(life.num_paths_failed - 1, 1.0))
 
 
 def _failed(life: Life, error: WeftError, chance: float) -> Life:
     if life.phase is Phase.RELEASING:
         # Best effort: a lease that cannot be given back ends by silence.
-        return _to_poll(life, f"the task could not be given back: {error}")
+        return _later(_to_poll(life, f"the task could not be given back: {error}"))
     remedy = remedy_of(error)
     if isinstance(error, DiskFull) and life.phase in _THEIRS:
         # The coordinator's disk: the update is safe here until there is room there.

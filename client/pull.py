@@ -19,7 +19,7 @@ from weft.common.identity.files import private_directory
 from weft.common.ids import Digest, ModuleKey, ModuleRef
 from weft.common.manifest import Signed, VersionManifest, open_version, parse_json, schema_digest
 from weft.common.modules import Schema
-from weft.common.protocol import ResolvedModule
+from weft.common.protocol import BlobRef, ResolvedModule
 from weft.common.recipe import RECIPE_TYPE, Recipe
 from weft.common.settings import from_table, to_table
 from weft.common.tensors import Float32Array, TensorFile, to_float32
@@ -29,6 +29,8 @@ MANIFEST_FILE: Final = "weft-manifest.json"
 _RECIPE_BYTES_MAX: Final = 4 << 20
 
 Progress = Callable[[int, int], None]
+VersionKey = tuple[ModuleKey, int]
+"""A module and its version."""
 
 
 class Published(Protocol):
@@ -58,11 +60,13 @@ class Resolved:
 
     recipe: Recipe
     manifests: tuple[VersionManifest, ...]
-    """By level."""
+    """By level, then expert."""
     recipe_signed: Signed
     manifests_signed: tuple[Signed, ...]
     key: bytes
     """Ed25519 public key that signed all of them, endorsed by the pinned authority."""
+    router: BlobRef | None = None
+    """The run's router, as the coordinator says over the pinned channel; it is not signed."""
 
 
 def resolve(published: Published, ref: ModuleRef, *, ca_pem: str) -> Resolved:
@@ -93,6 +97,7 @@ def resolve(published: Published, ref: ModuleRef, *, ca_pem: str) -> Resolved:
         recipe_signed=answer.recipe,
         manifests_signed=answer.manifests,
         key=key,
+        router=answer.router,
     )
 
 
@@ -103,9 +108,11 @@ def lineage(published: Published, ref: ModuleRef, *, ca_pem: str) -> tuple[Versi
         IdentityMismatch, CorruptState: A manifest is not signed by the coordinator, or its parent is another.
     """
     resolved = resolve(published, ref, ca_pem=ca_pem)
-    module = str(ref.module) if ref.module else ""
+    # A module at a time: all versions of many modules would not fit one message.
     manifests = tuple(
-        open_version(signed, resolved.key) for signed in published.list_versions(ref.run, module)
+        open_version(signed, resolved.key)
+        for newest in resolved.manifests
+        for signed in published.list_versions(ref.run, str(newest.module))
     )
     digests = {(manifest.module, manifest.version): manifest.digest for manifest in manifests}
     for manifest in manifests:
@@ -122,10 +129,30 @@ def fetch(
 ) -> dict[str, Float32Array]:
     """Get the tensors of all resolved modules, float32 by name, each file checked against its manifest.
 
+    Args and errors are those of :func:`fetch_files`.
+    """
+    files = fetch_files(published, resolved.manifests, cache, resolved.recipe.idle_s, progress)
+    return {
+        name: array
+        for manifest in resolved.manifests
+        for name, array in _read(files[manifest.module, manifest.version]).items()
+    }
+
+
+def fetch_files(
+    published: Published,
+    manifests: Sequence[VersionManifest],
+    cache: Path,
+    idle_s: float,
+    progress: Progress,
+) -> dict[VersionKey, Path]:
+    """Get the files of published versions, each once and checked against its manifest.
+
     Args:
         published: The coordinator.
-        resolved: From :func:`resolve`.
-        cache: Directory for what arrives; a fetch that was interrupted is resumed from there.
+        manifests: Of what is wanted, verified.
+        cache: Directory for what arrives, named by digest; a fetch that was interrupted is resumed from there.
+        idle_s: Longest silence of a transfer.
         progress: Told bytes there and bytes in all.
 
     Raises:
@@ -133,24 +160,20 @@ def fetch(
         NetworkError, StorageError: It cannot be fetched or kept.
     """
     private_directory(cache)
-    total = sum(manifest.content_bytes for manifest in resolved.manifests)
-    tensors: dict[str, Float32Array] = {}
-    there = 0
-    for manifest in resolved.manifests:
+    # Experts that have not moved apart yet are one file.
+    sizes = {manifest.content_digest: manifest.content_bytes for manifest in manifests}
+    total, there = sum(sizes.values()), 0
+    for content, size_bytes in sizes.items():
 
         def on_bytes(num_done: int, _: int, before: int = there) -> None:
             progress(before + num_done, total)
 
-        path = published.download(
-            manifest.content_digest,
-            cache / manifest.content_digest,
-            idle_s=resolved.recipe.idle_s,
-            size_bytes=manifest.content_bytes,
-            progress=on_bytes,
-        )
-        tensors |= _read_checked(path, manifest)
-        there += manifest.content_bytes
-    return tensors
+        published.download(content, cache / content, idle_s=idle_s, size_bytes=size_bytes, progress=on_bytes)
+        there += size_bytes
+    hashes = {content: _sha256(cache / content) for content in sizes}
+    for manifest in manifests:
+        _check_file(cache / manifest.content_digest, hashes[manifest.content_digest], manifest)
+    return {(manifest.module, manifest.version): cache / manifest.content_digest for manifest in manifests}
 
 
 def documents(resolved: Resolved) -> dict[str, bytes]:
@@ -215,28 +238,39 @@ def _check_wanted(ref: ModuleRef, recipe: Recipe, manifests: Sequence[VersionMan
 def _modules(ref: ModuleRef, recipe: Recipe) -> tuple[ModuleKey, ...]:
     if ref.module is not None:
         return (ref.module,)
-    path = ref.path if ref.path is not None else next(recipe.topology.paths)
-    return path.modules
+    return recipe.topology.find_path(ref.path).modules if ref.path is not None else recipe.topology.modules
 
 
-def check_whole(resolved: Resolved) -> None:
+def check_whole(resolved: Resolved, ref: ModuleRef) -> None:
     """Raise UsageError unless the modules make up a whole path, which is what other programs can load."""
-    levels = len(resolved.recipe.topology.experts)
-    if len(resolved.manifests) != levels:
-        module = resolved.manifests[0].module
+    topology, run = resolved.recipe.topology, resolved.recipe.run
+    first = f"weft pull {run}/path:{topology.paths[0]} --to DIR"
+    if ref.module is not None and len(topology.experts) > 1:
         raise UsageError(
-            f"module {module} is one of the {levels} levels of run {resolved.recipe.run}",
-            hint=f"pull a path, one expert a level: weft pull {resolved.recipe.run}/path:{'.'.join('0' * levels)}",
+            f"module {ref.module} is one of the {len(topology.experts)} levels of run {run}",
+            hint=f"pull a path, which has one expert a level: {first}",
+        )
+    if ref.module is None and ref.path is None and topology.num_paths > 1:
+        raise UsageError(
+            f"run {run} has {topology.num_paths} paths, each a model of its own",
+            hint=f"{first}, or all of them with weft pull {run} --all --to DIR",
         )
 
 
-def _read_checked(path: Path, manifest: VersionManifest) -> Mapping[str, Float32Array]:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_file(path: Path, sha256: str, manifest: VersionManifest) -> None:
     with TensorFile(path) as tensors:
         schema = Schema(tuple(sorted(tensors.header.specs)))
-        if sha256 != manifest.content_sha256 or schema_digest(schema) != manifest.schema_digest:
-            raise CorruptState(
-                f"the tensors of {manifest.run}/{manifest.module}@{manifest.version} are not those of its manifest"
-            )
-        return {spec.name: to_float32(tensors.array(spec.name), spec.dtype) for spec in schema.tensors}
+    if sha256 != manifest.content_sha256 or schema_digest(schema) != manifest.schema_digest:
+        raise CorruptState(
+            f"the tensors of {manifest.run}/{manifest.module}@{manifest.version} are not those of its manifest"
+        )
+
+
+def _read(path: Path) -> Mapping[str, Float32Array]:
+    with TensorFile(path) as tensors:
+        return {spec.name: to_float32(tensors.array(spec.name), spec.dtype) for spec in tensors.header.specs}

@@ -1,18 +1,22 @@
-"""``weft eval``: how well an adapter, or a bare base, predicts text, in bits per byte."""
+"""``weft eval``: how well an adapter, a bare base or a grid of paths predicts text, in bits per byte."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from weft.client.device import Device
+from weft.client.grid import is_grid
+from weft.client.inference import Inference, Perplexity
 from weft.client.pull import RECIPE_FILE
 from weft.common.base import resolve_source
 from weft.common.composition import Composed, ResidentBase, describe
+from weft.common.documents import read_rows
 from weft.common.errors import InputError, UsageError
 from weft.common.evaluation import evaluate, load_heldout
 from weft.common.ids import Digest, RunId
@@ -32,6 +36,18 @@ _CONFIG_BYTES_MAX: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PathShare:
+    """What came to one path of a grid, and how well it did."""
+
+    path: str
+    num_documents: int
+    """Of which it predicted something."""
+    num_labels: int
+    loss: float
+    """Mean nats per label."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
     """What a model came to on one file, or on all of them together."""
 
@@ -41,8 +57,12 @@ class Score:
     """None for classification."""
     loss: float
     """Mean nats per label."""
+    perplexity: float
+    """exp of the loss."""
     num_bytes: int
     num_labels: int
+    paths: tuple[PathShare, ...] = ()
+    """Of a grid: the paths that were used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,43 +87,73 @@ class _Model:
     base_dir: Path
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSettings:
+    """How models are judged."""
+
+    base: str | None = None
+    """The adapters' or grid's base: directory or Hub id; what these name themselves when None."""
+    sequence_length: int | None = None
+    """Tokens per window; None takes the recipe's, or 128."""
+    prefix_tokens: int | None = None
+    """First tokens of each document that are read and not counted; None takes the recipe's, or 0."""
+    every: int | None = None
+    """Of a grid: choose the path anew every so many tokens, 0 never; None takes the recipe's."""
+    best: bool = False
+    """Of a grid: take each path's best versions, where it was evaluated, not the newest."""
+
+
 class Scorer:
     """Evaluates models on data; bases are loaded and data are tokenised once.
 
     Args:
         data: Files or directories of text.
-        base: The adapters' base: directory or Hub id; what an adapter names when None.
-        sequence_length: Tokens per window; None takes the recipe's, or 128.
+        settings: How.
         device: Where to.
     """
 
-    def __init__(
-        self, data: Sequence[Path], *, base: str | None, sequence_length: int | None, device: Device
-    ) -> None:
+    def __init__(self, data: Sequence[Path], settings: ScoreSettings, *, device: Device) -> None:
         self._data = data
-        self._base = base
-        self._sequence_length = sequence_length
+        self._settings = settings
         self._device = device
         self._residents: dict[tuple[Path, TaskSettings], ResidentBase] = {}
         self._sequences: dict[tuple[Path, Path, TaskSettings, int], Sequences] = {}
 
     def score(self, directory: Path, progress: Callable[[int, int], None]) -> ModelScores:
-        """Evaluate a PEFT adapter directory or a base directory; ``progress`` hears of sequences done and in all.
+        """Evaluate a PEFT adapter, a base or a grid; ``progress`` hears of sequences or documents done and in all.
 
         Raises:
             InputError: The directory, its base or the data cannot be used.
         """
-        model = _open(directory, self._base, self._sequence_length)
+        if is_grid(directory):
+            return self._score_grid(directory, progress)
+        model = _open(directory, self._settings)
         resident = self._resident(model)
         recipe, tensors = model.recipe, model.tensors
         if tensors is None:
-            recipe = _recipe(_inert(resident), recipe.inner)
+            recipe = dataclasses.replace(recipe, topology=Topology(lora=_inert(resident)))
             schemas = describe(model.base_dir, recipe).values()
             tensors = {
                 name: array for schema in schemas for name, array in initial_tensors(schema, seed=0).items()
             }
         composed = resident.compose(recipe, tensors)
         results = tuple(self._score(composed, path, model, progress) for path in self._data)
+        return ModelScores(model=str(directory), results=results, together=_together(results))
+
+    def _score_grid(self, directory: Path, progress: Callable[[int, int], None]) -> ModelScores:
+        """Each document along its own path, without the tokens that chose it."""
+        settings = self._settings
+        with Inference.open(
+            directory, device=self._device, base=settings.base, best=settings.best
+        ) as inference:
+            _check_lengths(directory, inference, settings)
+            every = inference.recipe.routing.reroute_tokens if settings.every is None else settings.every
+            results = tuple(
+                _grid_score(
+                    path, inference.perplexity(read_rows(path), every=every or None, progress=progress)
+                )
+                for path in self._data
+            )
         return ModelScores(model=str(directory), results=results, together=_together(results))
 
     def _resident(self, model: _Model) -> ResidentBase:
@@ -125,6 +175,7 @@ class Scorer:
             data=str(path),
             bits_per_byte=evaluation.bits_per_byte,
             loss=evaluation.loss,
+            perplexity=math.exp(evaluation.loss),
             num_bytes=evaluation.num_bytes,
             num_labels=int(evaluation.num_labels.sum()),
         )
@@ -134,20 +185,55 @@ def _together(scores: Sequence[Score]) -> Score:
     num_labels = sum(item.num_labels for item in scores)
     num_bytes = sum(item.num_bytes for item in scores)
     bits = sum(item.bits_per_byte * item.num_bytes for item in scores if item.bits_per_byte is not None)
+    loss = sum(item.loss * item.num_labels for item in scores) / num_labels
     return Score(
         data="all",
         bits_per_byte=bits / num_bytes if num_bytes else None,
-        loss=sum(item.loss * item.num_labels for item in scores) / num_labels,
+        loss=loss,
+        perplexity=math.exp(loss),
         num_bytes=num_bytes,
         num_labels=num_labels,
     )
 
 
-def _open(directory: Path, base: str | None, sequence_length: int | None) -> _Model:
+def _check_lengths(directory: Path, inference: Inference, settings: ScoreSettings) -> None:
+    """Raise UsageError when other lengths were asked for than those that a grid is judged by."""
+    fixed = {
+        "--sequence-length": (settings.sequence_length, inference.recipe.inner.sequence_length),
+        "--prefix-tokens": (settings.prefix_tokens, inference.prefix_tokens),
+    }
+    for option, (wanted, own) in fixed.items():
+        if wanted not in (None, own):
+            raise UsageError(
+                f"{directory} is a grid, which is judged at {option} {own}", hint=f"use {option} {own}"
+            )
+
+
+def _grid_score(data: Path, found: Perplexity) -> Score:
+    return Score(
+        data=str(data),
+        bits_per_byte=found.bits_per_byte,
+        loss=found.loss,
+        perplexity=found.perplexity,
+        num_bytes=found.num_bytes,
+        num_labels=found.num_labels,
+        paths=tuple(
+            PathShare(
+                path=str(item.path),
+                num_documents=item.num_documents,
+                num_labels=item.num_labels,
+                loss=item.loss,
+            )
+            for item in found.paths
+        ),
+    )
+
+
+def _open(directory: Path, settings: ScoreSettings) -> _Model:
     if not (directory / ADAPTER_CONFIG).is_file():
-        recipe = _recipe(LoraSettings(), _inner(sequence_length))
+        recipe = _judged(_model_recipe(directory), settings)
         return _Model(recipe=recipe, tensors=None, base_dir=resolve_source(str(directory)))
-    recipe = _recipe_of(directory, sequence_length)
+    recipe, base = _judged(_recipe_of(directory), settings), settings.base
     named = base or _config(directory).get("base_model_name_or_path") or ""
     if not base and not Path(named).is_dir() and "/" not in named:
         raise UsageError(f"{directory} does not say where its base is", hint="give --base DIR")
@@ -159,14 +245,32 @@ def _open(directory: Path, base: str | None, sequence_length: int | None) -> _Mo
     return _Model(recipe=recipe, tensors=tensors, base_dir=resolve_source(str(named)))
 
 
-def _recipe_of(directory: Path, sequence_length: int | None) -> Recipe:
-    """What the adapter was trained by: the recipe that `weft pull` put beside it, else what PEFT's file says."""
+def _judged(recipe: Recipe, settings: ScoreSettings) -> Recipe:
+    """The recipe, with the lengths that were asked for."""
+    inner, task = recipe.inner, recipe.task
+    if settings.sequence_length is not None:
+        inner = dataclasses.replace(inner, sequence_length=settings.sequence_length)
+    if settings.prefix_tokens is not None:
+        task = dataclasses.replace(task, prefix_tokens=settings.prefix_tokens)
+    return dataclasses.replace(recipe, inner=inner, task=task)
+
+
+def _model_recipe(directory: Path) -> Recipe:
+    """What a whole model is judged by: the lengths of the recipe that `weft pull` put beside it, if it did."""
+    if not (directory / RECIPE_FILE).is_file():
+        return _recipe(LoraSettings(), InnerSettings())
+    trained = _recipe_of(directory)
+    task = TaskSettings(prefix_tokens=trained.task.prefix_tokens)
+    return dataclasses.replace(_recipe(LoraSettings(), trained.inner), task=task)
+
+
+def _recipe_of(directory: Path) -> Recipe:
+    """What a model was trained by: the recipe that `weft pull` put beside it, else what PEFT's file says."""
     path = directory / RECIPE_FILE
     if path.is_file():
         # Settings only: whoever wants to trust an adapter verifies it when it is pulled.
         payload = Signed.from_envelope(path.read_bytes()).payload
-        recipe = from_table(Recipe, parse_json(payload, _CONFIG_BYTES_MAX))
-        return recipe if sequence_length is None else _with_length(recipe, sequence_length)
+        return from_table(Recipe, parse_json(payload, _CONFIG_BYTES_MAX))
     config = _config(directory)
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         raise InputError(
@@ -181,12 +285,7 @@ def _recipe_of(directory: Path, sequence_length: int | None) -> Recipe:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{directory / ADAPTER_CONFIG} describes no LoRA adapter") from error
-    return _recipe(lora, _inner(sequence_length))
-
-
-def _with_length(recipe: Recipe, sequence_length: int) -> Recipe:
-    inner = dataclasses.replace(recipe.inner, sequence_length=sequence_length)
-    return dataclasses.replace(recipe, inner=inner)
+    return _recipe(lora, InnerSettings())
 
 
 def _config(directory: Path) -> dict[str, Any]:
@@ -197,10 +296,6 @@ def _config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{directory / ADAPTER_CONFIG} is not a JSON object")
     return config
-
-
-def _inner(sequence_length: int | None) -> InnerSettings:
-    return InnerSettings() if sequence_length is None else InnerSettings(sequence_length=sequence_length)
 
 
 def _recipe(lora: LoraSettings, inner: InnerSettings) -> Recipe:

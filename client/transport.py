@@ -34,6 +34,7 @@ from weft.common.ids import Digest, WorkerId
 from weft.common.protocol import (
     BlobManifest,
     Joined,
+    Limit,
     LossPoint,
     Missing,
     PollAnswer,
@@ -166,7 +167,12 @@ class Transport:
     # --- work ---
 
     def poll_task(
-        self, *, wait_s: float, unable: tuple[Unable, ...] = (), tokens_per_s: float = 0.0
+        self,
+        *,
+        wait_s: float,
+        unable: tuple[Unable, ...] = (),
+        tokens_per_s: float = 0.0,
+        limits: tuple[Limit, ...] = (),
     ) -> PollAnswer:
         """Get work, waiting for it up to ``wait_s``; raises Unreachable when ``stop`` is set meanwhile."""
         return self._call(
@@ -177,6 +183,7 @@ class Transport:
             wait_s=wait_s,
             unable=unable,
             tokens_per_s=tokens_per_s,
+            limits=limits,
         )
 
     def report_progress(

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from weft.client.cells import size
 from weft.client.heartbeat import TaskProgress
 from weft.client.loop import Action, Phase
-from weft.client.watch import size
-from weft.common.protocol import Stage
+from weft.common.protocol import Purpose, Stage, Task
 
 _UPDATE_S: Final = 0.1
 _QUIET: Final = frozenset({Phase.LOADING, Phase.ENCODING, Phase.SENDING, Phase.SUBMITTING})
@@ -35,10 +35,29 @@ def action_line(action: Action) -> str:
     task = action.task
     if task is None:
         return action.reason
-    trained = ", ".join(f"{start.module}@{start.version}" for start in task.modules if start.train)
     if action.phase is Phase.TRAINING:
-        return f"training {task.run_id} {trained}: {task.num_steps} steps"
-    return f"{action.phase.value} {task.run_id} {trained} (task {task.task_id})"
+        return _work_line(task)
+    return f"{action.phase.value} {_subject(task)} (task {task.task_id})"
+
+
+def _work_line(task: Task) -> str:
+    match task.purpose:
+        case Purpose.TRAIN:
+            rank = f" at rank {task.rank}" if task.rank else ""
+            return f"training {_subject(task)}: {task.num_steps} steps{rank}"
+        case Purpose.EVALUATE:
+            return f"evaluating {_subject(task)}"
+        case Purpose.ROUTE:
+            return f"routing this worker's documents for {task.run_id}"
+
+
+def _subject(task: Task) -> str:
+    """The run, with what the task is about: modules that it trains, or those of the path that it evaluates."""
+    chosen = [start for start in task.modules if start.train] or task.modules
+    # A path of one module needs no name of its own.
+    path = f" path {task.path}:" if len(task.modules) > 1 else ""
+    modules = ", ".join(f"{start.module}@{start.version}" for start in chosen)
+    return f"{task.run_id}{path} {modules}".rstrip()
 
 
 def progress_line(progress: TaskProgress) -> str:

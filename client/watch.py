@@ -6,9 +6,7 @@ whose clock is wrong still sees right durations.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
-import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -17,8 +15,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from weft.client.cells import add_row, count, curve, duration, loss, make_table, plain, size
+from weft.client.pathgrid import num_paths_through, path_steps, render_paths
 from weft.common.protocol import (
-    LossPoint,
     ModuleStatus,
     Role,
     RoundState,
@@ -31,9 +30,8 @@ from weft.common.protocol import (
     WorkerStatus,
 )
 
-_BARS: Final = "▁▂▃▄▅▆▇█"
-_CURVE_WIDTH: Final = 16
-_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+MODULES_DRAWN_MAX: Final = 24
+"""Modules that the live picture shows."""
 _BYTE_STAGES: Final = frozenset({Stage.FETCHING, Stage.SENDING})
 _STYLES: Final[Mapping[enum.Enum, str]] = {
     RoundState.COLLECTING: "cyan",
@@ -50,31 +48,31 @@ _STYLES: Final[Mapping[enum.Enum, str]] = {
 
 
 def render(status: Status) -> RenderableType:
-    """The whole picture: runs, modules, workers."""
+    """The whole picture: runs, modules, paths, workers."""
     uptime = duration(status.taken_at - status.started_at)
     title = Text.assemble(("weft ", "bold"), status.coordinator, (f" · up {uptime}", "dim"))
-    modules = [module for run in status.runs for module in run.modules]
     return Group(
         title,
         runs_table(status.runs),
-        modules_table(modules, taken_at=status.taken_at),
+        modules_table(status.runs, taken_at=status.taken_at, rows_max=MODULES_DRAWN_MAX),
+        *(render_paths(run, status.workers) for run in status.runs if run.paths),
         workers_table(status.workers, taken_at=status.taken_at),
     )
 
 
 def steps(before: Status | None, after: Status) -> list[str]:
-    """What moved in the rounds between two pictures, a line for each module that did."""
+    """What moved between two pictures: a line for each module whose round did, then for each path."""
+    runs = {run.run_id: run for run in (before.runs if before else ())}
     old = {
-        (module.run_id, module.module): _step(module.round)
-        for run in (before.runs if before else ())
-        for module in run.modules
+        (module.run_id, module.module): _step(module.round) for run in runs.values() for module in run.modules
     }
-    return [
+    moved = [
         f"{run.run_id} {module.module} round {module.round.round_number} of {run.num_rounds}: {_said(module.round)}"
         for run in after.runs
         for module in run.modules
         if old.get((module.run_id, module.module)) != _step(module.round)
     ]
+    return moved + [line for run in after.runs for line in path_steps(runs.get(run.run_id), run)]
 
 
 def _said(round_: RoundStatus) -> str:
@@ -92,10 +90,10 @@ def _step(round_: RoundStatus) -> tuple[int, RoundState, int]:
 
 def runs_table(runs: Sequence[RunStatus]) -> Table:
     """One line a run."""
-    table = _table("run", "rounds", "rule", "codec", "up", "of bf16", "down", "eta", "what it waits for")
+    table = make_table("run", "rounds", "rule", "codec", "up", "of bf16", "down", "eta", "what it waits for")
     for run in runs:
         done = min((_rounds_done(module.round) for module in run.modules), default=0)
-        _add(
+        add_row(
             table,
             run.run_id,
             f"{done}/{run.num_rounds}",
@@ -110,36 +108,59 @@ def runs_table(runs: Sequence[RunStatus]) -> Table:
     return table
 
 
-def modules_table(modules: Sequence[ModuleStatus], *, taken_at: float) -> Table:
-    """One line a module, with its current or last round."""
-    table = _table(
-        "module", "version", "size", "round", "state", "for", "why", "training loss", "held-out loss"
+def modules_table(
+    runs: Sequence[RunStatus], *, taken_at: float, rows_max: int | None = None
+) -> RenderableType:
+    """One line a module, with its current or last round.
+
+    Args:
+        runs: Whose modules.
+        taken_at: The coordinator's clock, Unix seconds.
+        rows_max: Show no more than these, the ones that are furthest behind first, and say how many are left out.
+    """
+    table = make_table(
+        "module", "version", "size", "paths", "round", "state", "for", "why", "training loss", "held-out loss"
     )
-    for module in modules:
-        round_ = module.round
-        since = round_.ended_at if round_.ended_at is not None else round_.opened_at
-        _add(
-            table,
-            f"{module.run_id}/{module.module}",
-            f"@{module.version}",
-            count(module.num_parameters),
-            str(round_.round_number),
-            _state(round_.state),
-            "–" if since is None else duration(taken_at - since),
-            round_.reason,
-            curve(module.losses),
-            curve(module.heldout_losses),
-        )
-    return table
+    rows = [(module, num_paths_through(run)) for run in runs for module in run.modules]
+    if rows_max is None or len(rows) <= rows_max:
+        shown = rows
+    else:
+        shown = sorted(rows, key=lambda row: row[0].version)[:rows_max]
+    for module, through in shown:
+        _add_module(table, module, num_paths=through.get(module.module, 0), taken_at=taken_at)
+    left = len(rows) - len(shown)
+    return (
+        Group(table, Text(f"… and {left} modules that are further: weft modules list", "dim"))
+        if left
+        else table
+    )
+
+
+def _add_module(table: Table, module: ModuleStatus, *, num_paths: int, taken_at: float) -> None:
+    round_ = module.round
+    since = round_.ended_at if round_.ended_at is not None else round_.opened_at
+    add_row(
+        table,
+        f"{module.run_id}/{module.module}",
+        f"@{module.version}",
+        count(module.num_parameters),
+        str(num_paths),
+        str(round_.round_number),
+        _state(round_.state),
+        "–" if since is None else duration(taken_at - since),
+        round_.reason,
+        curve(module.losses),
+        curve(module.heldout_losses),
+    )
 
 
 def workers_table(workers: Sequence[WorkerStatus], *, taken_at: float) -> Table:
     """One line a worker, or viewer."""
-    table = _table(
+    table = make_table(
         "worker", "name", "state", "device", "tokens/s", "doing", "for", "loss", "updates", "up", "note"
     )
     for worker in workers:
-        _add(
+        add_row(
             table,
             worker.worker_id,
             worker.display_name,
@@ -149,7 +170,7 @@ def workers_table(workers: Sequence[WorkerStatus], *, taken_at: float) -> Table:
             f"{worker.tokens_per_s:,.0f}" if worker.tokens_per_s else "–",
             doing(worker),
             "–" if worker.since is None else duration(taken_at - worker.since),
-            "–" if worker.loss is None else f"{worker.loss:.3f}",
+            loss(worker.loss),
             str(worker.num_updates),
             size(worker.bytes_up),
             worker.note,
@@ -159,14 +180,14 @@ def workers_table(workers: Sequence[WorkerStatus], *, taken_at: float) -> Table:
 
 def rounds_table(rounds: Sequence[RoundStatus]) -> Table:
     """One line a round."""
-    table = _table("module", "round", "from", "state", "took", "updates", "bytes", "held-out loss", "why")
+    table = make_table("module", "round", "from", "state", "took", "updates", "bytes", "held-out loss", "why")
     for round_ in rounds:
         took = (
             None
             if round_.ended_at is None or round_.opened_at is None
             else round_.ended_at - round_.opened_at
         )
-        _add(
+        add_row(
             table,
             f"{round_.run_id}/{round_.module}",
             str(round_.round_number),
@@ -183,7 +204,7 @@ def rounds_table(rounds: Sequence[RoundStatus]) -> Table:
 
 def tokens_table(tokens: Sequence[TokenStatus], *, now: float) -> Table:
     """One line a join token."""
-    table = _table("token", "role", "expires in", "uses left", "approval", "runs", "label")
+    table = make_table("token", "role", "expires in", "uses left", "approval", "runs", "label")
     for token in tokens:
         left = (
             "revoked"
@@ -192,7 +213,7 @@ def tokens_table(tokens: Sequence[TokenStatus], *, now: float) -> Table:
             if token.expires_at <= now
             else duration(token.expires_at - now)
         )
-        _add(
+        add_row(
             table,
             token.token_id,
             token.role.value,
@@ -210,7 +231,7 @@ def fields_table(value: Any) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, item in plain(value).items():
         if item not in (None, "", [], 0, 0.0):
-            _add(table, Text(name.replace("_", " "), style="dim"), _field(name, item))
+            add_row(table, Text(name.replace("_", " "), style="dim"), _field(name, item))
     return table
 
 
@@ -240,79 +261,6 @@ def heldout(round_: RoundStatus) -> str:
         return "–"
     interval = f" ± {round_.loss_interval:.4f}" if round_.loss_interval is not None else ""
     return f"{round_.loss_before:.4f} → {round_.loss_after:.4f}{interval}"
-
-
-def curve(points: Sequence[LossPoint], width: int = _CURVE_WIDTH) -> str:
-    """The last points as bars between their lowest and highest, then the last value; gaps where not finite."""
-    values = [point.loss for point in points[-width:]]
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return "–"
-    low, high = min(finite), max(finite)
-    span = (high - low) or 1.0
-    bars = "".join(
-        _BARS[round((value - low) / span * (len(_BARS) - 1))] if math.isfinite(value) else " "
-        for value in values
-    )
-    return f"{bars} {values[-1]:.3f}"
-
-
-def size(num_bytes: int) -> str:
-    """Bytes with a unit of 1000."""
-    value = float(num_bytes)
-    for unit in _UNITS:
-        if value < 999.5 or unit == _UNITS[-1]:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 99.5 else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
-
-
-def count(number: int) -> str:
-    """A number of parameters."""
-    for unit, whole in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= whole:
-            return f"{number / whole:.1f}{unit}"
-    return str(number)
-
-
-def duration(seconds: float) -> str:
-    """A duration in its largest unit or two."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 2 * 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86400} days"
-
-
-# ---- for scripts -------------------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """JSON of a domain type: field names as they are, enums by lower-case name, times as Unix seconds."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, enum.Enum):
-        return value.name.lower()
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    if isinstance(value, bytes):
-        return value.hex()
-    return value
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _add(table: Table, *cells: str | Text) -> None:
-    """Add a row as it is: names and reasons come from others and may look like rich's markup."""
-    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))
 
 
 def _state(state: enum.Enum) -> Text:

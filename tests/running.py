@@ -80,7 +80,7 @@ def one_model_at_a_time(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(ResidentBase, "load", in_turn(ResidentBase.load))
     patch.setattr(ResidentBase, "compose", in_turn(ResidentBase.compose))
-    for module in ("client.worker", "server.engine_process"):
+    for module in ("client.workshop", "server.engine_process"):
         patch.setattr(f"weft.{module}.describe", in_turn(describe))
 
 

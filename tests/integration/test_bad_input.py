@@ -234,7 +234,7 @@ def test_a_base_that_differs_is_refused(
 def test_a_worker_without_the_memory_says_what_it_lacks(
     refused: Refused, join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weft.client.worker.available_bytes", lambda _: 1000)
+    monkeypatch.setattr("weft.client.workshop.available_bytes", lambda _: 1000)
     refused(join(), code=COMPUTE, cause="the run needs about", hint="free memory")
 
 
@@ -446,19 +446,29 @@ Serve = Callable[..., list[str]]
         ("[merge]\nrul = 'mean'", "merge.rul", "rule"),
         ("[gates]\nheldout = 'a'", "gates", "gate"),
         ("[inner]\nsteps = 'many'", "inner.steps must be a whole number", "weft init"),
-        ("[merge]\nrule = 'median'", "merge.rule", "mean"),
+        ("[merge]\nrule = 'middle'", "merge.rule", "mean"),
         ("[rounds]\nquorum = 3\ntarget = 2", "rounds.target", "set rounds.target to 3"),
-        ("[topology]\nexperts = [2]", "several experts", "topology.experts"),
-        ("[topology]\nkind = 'full'", "cannot be trained", "lora"),
+        ("[topology]\nexperts = [2]", "which makes 2 paths", "weft route fit"),
+        (
+            "[topology]\nexperts = [1, 1, 1]",
+            "do not divide the base's 4 layers",
+            "topology.layers = [1, 1, 2]",
+        ),
+        ("[routing]\nmode = 'local'\nrouter = 'nowhere'", "routing.router", "weft route fit"),
         ("[statistics]\nfisher_examples = 4", "statistics.fisher_examples", "fisher"),
         ("[gate]\nheldout = 'nowhere.txt'", "gate.heldout", "training formats"),
     ],
-    ids=["key", "section", "type", "value", "quorum", "experts", "full", "statistics", "heldout"],
+    ids=["key", "section", "type", "value", "quorum", "experts", "layers", "router", "statistics", "heldout"],
 )
 def test_a_run_file_that_cannot_work_is_refused_by_name(
     refused: Refused, serve: Serve, tiny_base: Path, tmp_path: Path, more: str, cause: str, hint: str
 ) -> None:
-    refused(serve(write_run(tmp_path / "new.toml", tiny_base, more)), code=USAGE, cause=cause, hint=hint)
+    refused(
+        serve(write_run(tmp_path / "new.toml", tiny_base, more)),
+        code=INPUT if "divide" in cause else USAGE,
+        cause=cause,
+        hint=hint,
+    )
 
 
 def test_a_run_does_not_change_its_settings(

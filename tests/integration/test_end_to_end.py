@@ -140,8 +140,10 @@ def test_the_base_came_from_the_coordinator_once_for_all_workers(finished: Finis
 
 
 def test_error_feedback_and_optimiser_state_are_on_the_workers(finished: Finished) -> None:
-    kept = {path.name for path in finished.site.home.root.glob("workers/*/runs/fisher-*/*")}
-    assert {"0.0.optimiser", "0.0.residual", "batches"} <= kept
+    kept = {
+        path.name.rpartition("-")[0] for path in finished.site.home.root.glob("workers/*/runs/fisher-*/0/*")
+    }
+    assert {"0.0.optimiser", "0.0.residual"} <= kept
     assert not list(finished.site.home.root.glob("workers/*/outbox/*"))
 
 

@@ -1,8 +1,4 @@
-"""The worker with its real trainer on a microscopic base, against a coordinator that only plays its part.
-
-The coordinator here answers what the test says and remembers what it was told; updates that it gets go through the
-real ingest gate.
-"""
+"""The worker with its real trainer on a microscopic base, against a coordinator that only plays its part."""
 
 from __future__ import annotations
 
@@ -15,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from tests.stage import NUM_STEPS, Coordinator, Site
 from tests.tiny import TEXT, tiny_recipe, write_tiny_base
 
-from weft.client.device import Device
 from weft.client.heartbeat import TaskProgress
-from weft.client.loop import INTERRUPTED, Action, Life, Phase, exit_code
-from weft.client.worker import Setup, Worker, loss_summary, read_module
+from weft.client.loop import INTERRUPTED, Action, Phase, exit_code
+from weft.client.tasks.steps import read_module
+from weft.client.tasks.training import loss_summary
+from weft.client.worker import Worker
 from weft.common.blobs import manifest_of
-from weft.common.codec import CodecKind, CodecSettings, UpdateFile, screen_update, update_bytes_max
-from weft.common.composition import ResidentBase, describe
+from weft.common.codec import CodecKind, CodecSettings
+from weft.common.composition import ResidentBase
 from weft.common.errors import (
     LeaseLost,
     NonFiniteLoss,
@@ -35,32 +32,14 @@ from weft.common.errors import (
     WeftError,
 )
 from weft.common.identity.signing import SigningKey
-from weft.common.ids import Digest, ModuleKey, TaskId, WorkerId
 from weft.common.initial import initial_tensors
-from weft.common.manifest import Signed, canonical_json, parse_json
+from weft.common.manifest import Signed, parse_json
 from weft.common.protocol import (
-    BlobManifest,
-    LossPoint,
-    ModuleStart,
-    PollAnswer,
     ProgressAnswer,
-    Receipt,
-    Session,
     Stage,
-    Task,
     Unable,
 )
-from weft.common.recipe import RECIPE_TYPE, FisherSettings, Recipe
-from weft.common.settings import from_table, to_table
-from weft.common.statements import UPDATE_TYPE, UpdateStatement
-from weft.common.tensors import write_module
-
-KEY = ModuleKey(0, 0)
-OPERATOR = SigningKey.generate()
-ME = SigningKey.generate()
-WAIT = PollAnswer(task=None, wait_reason="nothing to do", finished=False)
-FINISHED = PollAnswer(task=None, wait_reason="all runs are finished", finished=True)
-NUM_STEPS = 4
+from weft.common.recipe import RECIPE_TYPE, FisherSettings
 
 
 @pytest.fixture(scope="module")
@@ -75,189 +54,6 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-class Coordinator:
-    """Plays the coordinator of one run with one module."""
-
-    def __init__(self, directory: Path, base: Path, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.signed = Signed.sign(OPERATOR, RECIPE_TYPE, canonical_json(to_table(recipe)))
-        self.schema = describe(base, recipe)[KEY]
-        self.start = directory / "start.module"
-        write_module(self.start, initial_tensors(self.schema, seed=0), self.schema)
-        self.files = {manifest_of(path).blake3: path for path in [self.start, *base.iterdir()]}
-        self.num_tasks = 1
-        self.submit_errors: list[WeftError] = []
-        self.polled: list[tuple[Unable, ...]] = []
-        self.reports: list[tuple[Stage, int, tuple[LossPoint, ...]]] = []
-        self.statements: list[Signed] = []
-        self.accepted: list[UpdateStatement] = []
-        self.updates: dict[Digest, bytes] = {}
-        self.released: list[str] = []
-        self.downloaded: list[Digest] = []
-        self.on_report: Callable[[Stage, int], ProgressAnswer] = lambda *_: ProgressAnswer(
-            stop=False, reason=""
-        )
-        self.on_poll: Callable[[], None] = lambda: None
-
-    @property
-    def task(self) -> Task:
-        number = len(self.accepted) + len(self.released) + 1
-        start = ModuleStart(
-            module=str(KEY),
-            version=0,
-            blake3=manifest_of(self.start).blake3,
-            size_bytes=self.start.stat().st_size,
-            train=True,
-            round_number=number,
-            steps_before=NUM_STEPS * len(self.accepted),
-        )
-        return Task(
-            task_id=TaskId(f"t-{number}"),
-            run_id=self.recipe.run,
-            lease_token="lease",
-            lease_epoch=number,
-            lease_s=1.0,
-            path="0",
-            modules=(start,),
-            recipe_blake3=Digest(_blake3(self.signed.payload)),
-            num_steps=NUM_STEPS,
-            update_bytes_max=update_bytes_max(self.schema, self.recipe.codec, fisher=True),
-        )
-
-    # ---- what a worker calls -------------------------------------------------------------------------------------
-
-    def open_session(self, worker_id: WorkerId, signing_key: SigningKey, pin: bytes) -> Session:
-        assert (worker_id, signing_key.public, pin) == ("w-1", ME.public, bytes(32))
-        return Session(session_token="session", expires_at=0.0)
-
-    def poll_task(
-        self, *, wait_s: float, unable: tuple[Unable, ...] = (), tokens_per_s: float = 0.0
-    ) -> PollAnswer:
-        self.polled.append(unable)
-        self.on_poll()
-        if len(self.accepted) >= self.num_tasks:
-            return FINISHED
-        if unable:
-            return WAIT
-        return PollAnswer(task=self.task, wait_reason="", finished=False)
-
-    def report_progress(
-        self,
-        *,
-        lease_token: str,
-        stage: Stage,
-        num_done: int,
-        num_total: int,
-        tokens_per_s: float = 0.0,
-        losses: tuple[LossPoint, ...] = (),
-    ) -> ProgressAnswer:
-        self.reports.append((stage, num_done, losses))
-        return self.on_report(stage, num_done)
-
-    def submit_update(self, *, lease_token: str, statement: Signed) -> Receipt:
-        self.statements.append(statement)
-        if self.submit_errors:
-            raise self.submit_errors.pop(0)
-        assert statement.is_from(ME.public, UPDATE_TYPE)
-        self.accepted.append(from_table(UpdateStatement, parse_json(statement.payload, 10**6)))
-        return Receipt(receipt_blake3=Digest(_blake3(statement.payload)), accepted_at=0.0)
-
-    def release_task(self, *, lease_token: str, reason: str) -> None:
-        self.released.append(reason)
-
-    def get_recipe(self, run_id: str) -> Signed:
-        return self.signed
-
-    def upload(self, path: Path, lease_token: str, *, idle_s: float, progress: Any = None) -> BlobManifest:
-        blob = manifest_of(path)
-        self.updates[blob.blake3] = path.read_bytes()
-        progress(blob.size_bytes, blob.size_bytes)
-        return blob
-
-    def download(
-        self,
-        blake3: Digest,
-        to: Path,
-        *,
-        idle_s: float,
-        size_bytes: int | None = None,
-        progress: Any = None,
-    ) -> Path:
-        self.downloaded.append(blake3)
-        shutil.copyfile(self.files[blake3], to)
-        progress(to.stat().st_size, to.stat().st_size)
-        return to
-
-    def delta(self, number: int, directory: Path) -> dict[str, np.ndarray]:
-        """The decoded update of an accepted statement, screened as a coordinator does."""
-        update = self.accepted[number].updates[0]
-        path = directory / "screened"
-        path.write_bytes(self.updates[Digest(update.digest)])
-        wants_fisher = self.recipe.fisher.num_examples > 0
-        screen_update(path, self.schema, self.recipe.codec, wants_fisher=wants_fisher, size_bytes_max=10**7)
-        with UpdateFile(path, self.schema) as file:
-            return {
-                spec.name: file.tile(spec.name, 0, spec.size).reshape(spec.shape).copy()
-                for spec in self.schema.tensors
-            }
-
-
-class Watching:
-    """Remembers what a person would see, and lets a test act at that moment."""
-
-    def __init__(self) -> None:
-        self.phases: list[Phase] = []
-        self.lines: list[str] = []
-        self.on_turn: Callable[[Action], None] = lambda action: None
-        self.on_progress: Callable[[TaskProgress], None] = lambda progress: None
-
-    def turn(self, action: Action) -> None:
-        self.phases.append(action.phase)
-        self.on_turn(action)
-
-    def progress(self, progress: TaskProgress) -> None:
-        self.on_progress(progress)
-
-    def said(self, text: str) -> None:
-        self.lines.append(text)
-
-
-@dataclasses.dataclass
-class Site:
-    """A worker's machine."""
-
-    directory: Path
-    coordinator: Coordinator
-    data: Path
-    base: Path | None
-    view: Watching = dataclasses.field(default_factory=Watching)
-
-    def worker(self) -> Worker:
-        setup = Setup(
-            worker_id=WorkerId("w-1"),
-            key=ME,
-            pin=bytes(32),
-            coordinator_key=OPERATOR.public,
-            state=self.directory / "state",
-            bases=lambda digest: self.directory / "bases" / digest,
-            data=self.data,
-            base=self.base,
-            device=Device(torch_device=torch.device("cpu"), dtype=torch.float32, name="test"),
-        )
-        return Worker(
-            setup,
-            self.coordinator,
-            view=self.view,
-            stop_waits=threading.Event(),
-            clock=iter(range(10**9)).__next__,
-            chance=lambda: 0.0,
-            leave_when_finished=True,
-        )
-
-    def live(self) -> Life:
-        return self.worker().run()
-
-
 @pytest.fixture
 def make_site(tmp_path: Path, base: Path, data: Path) -> Callable[..., Site]:
     def make(*, given_base: Path | None = base, **changes: Any) -> Site:
@@ -265,12 +61,6 @@ def make_site(tmp_path: Path, base: Path, data: Path) -> Callable[..., Site]:
         return Site(tmp_path, Coordinator(tmp_path, base, recipe), data, given_base)
 
     return make
-
-
-def _blake3(payload: bytes) -> str:
-    from blake3 import blake3
-
-    return blake3(payload).hexdigest()
 
 
 TERNARY = CodecSettings(kind=CodecKind.TERNARY, density=0.2)
@@ -365,7 +155,7 @@ def test_what_is_damaged_of_an_earlier_process_starts_afresh(
 ) -> None:
     site = make_site(codec=TERNARY)
     site.live()
-    for path in (tmp_path / "state" / "runs").glob("*/0.0.*"):
+    for path in (tmp_path / "state" / "runs").glob("*/0/0.0.*"):
         path.write_bytes(b"damaged")
     site.coordinator.num_tasks = 2
     assert site.live().num_accepted == 1
@@ -451,13 +241,24 @@ def test_a_refused_update_is_given_back_and_the_second_ends_the_run_here(
     assert exit_code(life) == UpdateRejected.exit_code
 
 
-def test_data_too_short_is_told_to_the_operator_and_ends_the_worker(make_site: Callable[..., Site]) -> None:
+def test_data_too_short_is_told_to_the_operator_and_ends_the_worker(
+    make_site: Callable[..., Site], data: Path
+) -> None:
     site = make_site()
-    site.data.write_text("short")
+    data.write_text("short")
     life = site.live()
     assert exit_code(life) == 3
     assert "one batch needs" in site.coordinator.released[0]
     assert site.coordinator.polled[-1][0].run_id == "tiny"
+
+
+def test_a_worker_without_data_says_what_the_run_wants(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.data = None
+    life = site.live()
+    assert life.error is not None
+    assert (exit_code(life), life.error.hint[:22]) == (3, "join again with --data")
+    assert "learns from its workers' own data" in site.coordinator.released[0]
 
 
 def test_divergence_twice_makes_the_run_unable(
@@ -484,7 +285,7 @@ def test_a_bug_is_logged_and_does_not_end_the_process(
             raise ZeroDivisionError("division by zero")
         return loss_summary(losses)
 
-    monkeypatch.setattr("weft.client.worker.loss_summary", buggy)
+    monkeypatch.setattr("weft.client.tasks.training.loss_summary", buggy)
     site = make_site()
     assert site.live().num_accepted == 1
     assert site.coordinator.released == ["ZeroDivisionError while submitting: division by zero"]

@@ -14,7 +14,7 @@ import click
 import pytest
 from tests.commandline import program  # first: it quietens what typer's import warns of
 
-from weft.client.cli import parse_ttl
+from weft.client.commands.operator import parse_ttl
 from weft.client.home import (
     Home,
     Membership,
@@ -102,7 +102,8 @@ def local(home: Home, state: Path, *, pid: int, pin: bytes = PIN, address: str =
             "has joined no coordinator",
             "weft join HOST:PORT TOKEN --data PATH",
         ),
-        (["join", "host:1", TOKEN.text], 2, "there is no data to train on", "--data PATH"),
+        (["join", "127.0.0.1:1", TOKEN.text], 7, "cannot be reached", "check the address"),
+        (["join", "127.0.0.1:1", TOKEN.text, "--rank", "0"], 2, "'--rank'", "weft join --help"),
         (["join", "host:1", TOKEN.text, "--data", "gone"], 3, "gone", "--data"),
         (["join", "a:b:c", TOKEN.text, "--data", "."], 2, "'a:b:c' is not an address", "[::1]:7443"),
         (["join", "127.0.0.1:1", TOKEN.text, "--data", "."], 7, "cannot be reached", "check the address"),
@@ -113,6 +114,9 @@ def local(home: Home, state: Path, *, pid: int, pin: bytes = PIN, address: str =
         (["runs", "list"], 2, "no coordinator is known here", "--coordinator"),
         (["pull", "a/b/c", "--to", "x"], 2, "'b/c' is not a module", "level.expert"),
         (["pull", "Alpha", "--to", "x"], 2, "'Alpha' is not a run name", "lower-case"),
+        (["pull", "alpha/0.0@best", "--to", "x"], 2, "@best is for paths", "RUN/path:0.0@best"),
+        (["pull", "alpha", "--all", "--as", "hf", "--to", "x"], 2, "--all writes a grid", "leave --as"),
+        (["paths", "list"], 2, "no coordinator is known here", "--coordinator"),
         (["modules", "show", "alpha/zero"], 2, "'zero' is not a module", "0.0"),
         (["token", "create", "--ttl", "soon"], 2, "no coordinator is known", "--coordinator"),
         (["eval", "nowhere", "--data", "gone"], 3, "there is no gone", "--data"),

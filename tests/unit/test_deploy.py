@@ -228,5 +228,5 @@ def test_units_wait_for_a_drain() -> None:
 
 
 def test_no_file_holds_a_token() -> None:
-    for path in [*DEPLOY.iterdir(), *(ROOT / "examples").iterdir()]:
-        assert not CREDENTIALS.search(path.read_text()), path
+    for path in [*DEPLOY.rglob("*"), *(ROOT / "examples").rglob("*")]:
+        assert path.is_dir() or not CREDENTIALS.search(path.read_text()), path

@@ -22,6 +22,7 @@ from weft.client.loop import (
     Polled,
     StopRequested,
     Told,
+    TooMuch,
     after,
     backoff_s,
     exit_code,
@@ -42,14 +43,16 @@ from weft.common.errors import (
     OutOfMemory,
     PermissionRefused,
     RoundClosed,
+    RouterMismatch,
     SessionExpired,
     TransferStalled,
     Unreachable,
     UpdateRejected,
+    UpdateTooStale,
     WeftError,
 )
 from weft.common.ids import Digest, RunId, TaskId
-from weft.common.protocol import PollAnswer, Task, Unable
+from weft.common.protocol import PollAnswer, Purpose, Task, Unable
 
 TASK = Task(
     task_id=TaskId("t-1"),
@@ -125,6 +128,11 @@ def test_a_whole_task() -> None:
         (Phase.SENDING, Failed(SessionExpired("over")), Phase.SENDING, "over"),
         (Phase.SUBMITTING, Failed(Unreachable("down")), Phase.SUBMITTING, "down"),
         (Phase.SUBMITTING, Failed(RoundClosed("late")), Phase.POLLING, "the task was dropped: late"),
+        (Phase.SUBMITTING, Failed(UpdateTooStale("old")), Phase.POLLING, "the task was dropped: old"),
+        (Phase.LOADING, Failed(RouterMismatch("another base")), Phase.RELEASING, "another base"),
+        (Phase.LOADING, Failed(DataError("short"), of_path=True), Phase.RELEASING, "short"),
+        (Phase.FETCHING, Failed(Unreachable("down"), of_path=True), Phase.FETCHING, "down"),
+        (Phase.LOADING, TooMuch("rank 4 at most"), Phase.RELEASING, "rank 4 at most"),
         (Phase.SUBMITTING, Failed(ConflictingUpdate("two")), Phase.POLLING, "the task was dropped: two"),
         (Phase.SUBMITTING, Failed(UpdateRejected("shape")), Phase.RELEASING, "shape"),
         (Phase.SUBMITTING, Failed(ForgedUpdate("epoch")), Phase.RELEASING, "epoch"),
@@ -175,6 +183,33 @@ def test_an_accepted_update_forgives_an_earlier_failure() -> None:
         dataclasses.replace(accepted, phase=Phase.TRAINING, task=TASK), Failed(NonFiniteLoss("nan"))
     )
     assert again.unable == ()
+
+
+def test_an_evaluation_does_not_forgive_a_training_that_failed() -> None:
+    once = lived(at(Phase.TRAINING), Failed(NonFiniteLoss("nan")), Done())
+    evaluation = dataclasses.replace(TASK, purpose=Purpose.EVALUATE)
+    accepted = after(dataclasses.replace(once, phase=Phase.SUBMITTING, task=evaluation), Done())
+    again = lived(
+        dataclasses.replace(accepted, phase=Phase.TRAINING, task=TASK), Failed(NonFiniteLoss("nan"))
+    )
+    assert again.unable == (Unable(run_id="alpha", reason="nan"),)
+
+
+def test_paths_without_usable_data_never_bar_the_run_and_are_asked_for_later_each_time() -> None:
+    life, waits = at(Phase.LOADING), []
+    for _ in range(9):
+        life = lived(life, Failed(NotFound("the shard is gone"), of_path=True), Done())
+        waits.append(next_action(life).wait_s)
+        life = dataclasses.replace(life, phase=Phase.LOADING, task=TASK)
+    assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    assert (life.unable, life.troubles) == ((), {})
+    life = lived(dataclasses.replace(life, phase=Phase.SUBMITTING), Done())
+    assert (life.num_paths_failed, next_action(life).wait_s) == (0, 0.0)
+
+
+def test_a_task_that_is_too_large_is_no_trouble_and_the_next_is_asked_for_at_once() -> None:
+    life = lived(at(Phase.LOADING), TooMuch("rank 4 at most"), Done())
+    assert (life.phase, life.unable, life.troubles, next_action(life).wait_s) == (Phase.POLLING, (), {}, 0.0)
 
 
 def test_what_cannot_pass_makes_the_run_unable_at_once() -> None:
@@ -247,7 +282,13 @@ def test_a_stopping_worker_does_not_wait_for_a_coordinator_that_is_gone() -> Non
 
 @pytest.mark.parametrize(
     ("phase", "event"),
-    [(Phase.POLLING, Done()), (Phase.TRAINING, Polled(WAIT)), (Phase.GONE, Done())],
+    [
+        (Phase.POLLING, Done()),
+        (Phase.TRAINING, Polled(WAIT)),
+        (Phase.GONE, Done()),
+        (Phase.POLLING, TooMuch("x")),
+        (Phase.RELEASING, TooMuch("x")),
+    ],
 )
 def test_an_event_that_cannot_happen_is_our_own_mistake(phase: Phase, event: Event) -> None:
     with pytest.raises(ValueError):
@@ -260,8 +301,12 @@ def test_every_error_has_a_remedy_and_every_phase_a_successor() -> None:
 
 
 TAKEN = PollAnswer(task=TASK, wait_reason="", finished=False)
-FAILURES: list[Event] = [Failed(cls(name)) for name, cls in sorted(BY_NAME.items())]
-EVENTS = st.sampled_from([Done(), Polled(WAIT), Polled(TAKEN), Told("x"), StopRequested(), *FAILURES])
+FAILURES: list[Event] = [
+    Failed(cls(name), of_path=of_path) for name, cls in sorted(BY_NAME.items()) for of_path in (False, True)
+]
+EVENTS = st.sampled_from(
+    [Done(), Polled(WAIT), Polled(TAKEN), TooMuch("x"), Told("x"), StopRequested(), *FAILURES]
+)
 
 
 @given(st.lists(EVENTS, max_size=60))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from weft.client.home import Home, Membership, WorkerSettings, save_member, save
 from weft.client.loop import Action, Phase
 from weft.client.view import PlainView, TerminalView, action_line, progress_line
 from weft.common.ids import Digest, RunId, TaskId, WorkerId
-from weft.common.protocol import ModuleStart, Stage, Task
+from weft.common.protocol import ModuleStart, Purpose, Stage, Task
 
 START = ModuleStart(
     module="0.0", version=3, blake3=Digest("0" * 64), size_bytes=1, train=True, round_number=4, steps_before=0
@@ -31,6 +32,14 @@ TASK = Task(
     num_steps=50,
     update_bytes_max=1,
 )
+OTHER = dataclasses.replace(START, module="1.2", version=4, train=False, round_number=0)
+PATH = dataclasses.replace(TASK, path="0.2", modules=(START, OTHER), rank=4)
+EVALUATION = dataclasses.replace(
+    PATH,
+    purpose=Purpose.EVALUATE,
+    modules=(dataclasses.replace(START, train=False, round_number=0), OTHER),
+)
+ROUTE = dataclasses.replace(TASK, purpose=Purpose.ROUTE, path="", modules=())
 
 
 @pytest.mark.parametrize(
@@ -41,6 +50,19 @@ TASK = Task(
         (Action(phase=Phase.POLLING, reason="round 2 is merging"), "waiting for work: round 2 is merging"),
         (Action(phase=Phase.FETCHING, reason="", task=TASK), "fetching alpha 0.0@3 (task t-7)"),
         (Action(phase=Phase.TRAINING, reason="", task=TASK), "training alpha 0.0@3: 50 steps"),
+        (
+            Action(phase=Phase.TRAINING, reason="", task=PATH),
+            "training alpha path 0.2: 0.0@3: 50 steps at rank 4",
+        ),
+        (
+            Action(phase=Phase.TRAINING, reason="", task=EVALUATION),
+            "evaluating alpha path 0.2: 0.0@3, 1.2@4",
+        ),
+        (
+            Action(phase=Phase.TRAINING, reason="", task=ROUTE),
+            "routing this worker's documents for alpha",
+        ),
+        (Action(phase=Phase.FETCHING, reason="", task=ROUTE), "fetching alpha (task t-7)"),
         (Action(phase=Phase.RELEASING, reason="stopping", task=TASK), "giving the task back: stopping"),
     ],
     ids=lambda value: value.phase.value if isinstance(value, Action) else None,

@@ -6,24 +6,16 @@ import dataclasses
 import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from weft.client.cells import count, curve, duration, plain, size
 from weft.client.lineage import draw
 from weft.client.live import Curtain, JsonLines, Lines, follow
-from weft.client.watch import (
-    count,
-    curve,
-    duration,
-    fields_table,
-    plain,
-    render,
-    rounds_table,
-    size,
-    steps,
-    tokens_table,
-)
+from weft.client.pathgrid import num_paths_through, path_steps, paths_table
+from weft.client.watch import fields_table, render, rounds_table, steps, tokens_table
 from weft.common.errors import Unreachable
 from weft.common.ids import Digest, ModuleKey, RunId, TaskId, WorkerId
 from weft.common.manifest import (
@@ -37,10 +29,11 @@ from weft.common.manifest import (
     Sha256,
     VersionManifest,
 )
-from weft.common.modules import Kind
+from weft.common.modules import Kind, Topology
 from weft.common.protocol import (
     LossPoint,
     ModuleStatus,
+    PathStatus,
     Role,
     RoundState,
     RoundStatus,
@@ -254,6 +247,119 @@ def test_duration(seconds: float, expected: str) -> None:
 
 def test_count() -> None:
     assert [count(n) for n in (12, 1500, 2_500_000, 7 * 10**9)] == ["12", "1.5k", "2.5M", "7.0B"]
+
+
+# ---- paths -------------------------------------------------------------------------------------------------------
+
+UNSERVED = "no worker that is here has documents for it: let one with such data join"
+
+
+def path_status(
+    path: str, state: str = "waits for module 0.0, which is merging", **fields: Any
+) -> PathStatus:
+    return PathStatus(path=path, state=state, workers=fields.pop("workers", ()), num_in=0, **fields)
+
+
+def run_of(experts: tuple[int, ...], **states: PathStatus) -> RunStatus:
+    """A run whose paths are as given by the names p0_1 for path 0.1, and wait otherwise."""
+    topology = Topology(experts=experts)
+    modules = tuple(
+        dataclasses.replace(MODULE, module=str(key), version=3 + key.level) for key in topology.modules
+    )
+    paths = tuple(
+        states.get("p" + str(path).replace(".", "_")) or path_status(str(path)) for path in topology.paths
+    )
+    return dataclasses.replace(RUN, modules=modules, paths=paths)
+
+
+def picture(run: RunStatus) -> str:
+    return drawn(render(dataclasses.replace(STATUS, runs=(run,))))
+
+
+def test_two_levels_are_a_grid_with_versions_and_paths_on_the_margins() -> None:
+    ada = path_status("0.1", "train", workers=("w-1", "w-9"))
+    measured = path_status("1.2", validation_loss=3.25, best_loss=3.0)
+    lines = picture(run_of((2, 3), p0_1=ada, p1_2=measured)).splitlines()
+    top = next(index for index, line in enumerate(lines) if line.split()[:2] == ["1.0", "@4"])
+    assert lines[top].split() == ["1.0", "@4", "1.1", "@4", "1.2", "@4"]
+    assert lines[top + 1].split() == ["2", "paths"] * 3
+    assert lines[top + 3].split() == ["0.0", "@3", "waiting", "[red]ada[/", "3/8", "+1", "waiting"]
+    assert lines[top + 4].split()[:2] == ["3", "paths"]
+    assert "3.250 · 0 in" in lines[top + 7]
+    assert "6 paths · 5 waiting · 1 at work" in "\n".join(lines)
+
+
+def test_what_is_a_paths_own_stands_in_its_cell() -> None:
+    text = picture(run_of((2, 2, 0)))
+    assert all(f"2.{expert}@5" in text for expert in range(4))
+    assert "1.0 @4" in text
+
+
+def test_a_path_that_nobody_serves_is_named_with_what_to_do() -> None:
+    text = picture(run_of((2, 2), p1_0=path_status("1.0", UNSERVED)))
+    assert f"! alpha/path:1.0 {UNSERVED}" in text
+    assert "1 not served · 3 waiting" in text
+
+
+def test_other_grids_are_a_list_with_what_needs_attention_first() -> None:
+    stopped = path_status(
+        "1.1.1", "stopped early: 3 evaluations without a loss below 3.1", best_versions=(2, 2, 1)
+    )
+    text = picture(run_of((2, 2, 2), p1_0_0=path_status("1.0.0", UNSERVED), p1_1_1=stopped))
+    listed = [line.split()[0] for line in text.splitlines() if line.startswith("alpha/path:")]
+    assert listed[:3] == ["alpha/path:1.0.0", "alpha/path:1.1.1", "alpha/path:0.0.0"]
+    assert "@2, @2, @1" in text
+
+
+def test_many_paths_are_counted_and_the_unserved_named() -> None:
+    lost = {
+        f"p{row}_{column}": path_status(f"{row}.{column}", UNSERVED)
+        for row in range(16)
+        for column in range(2)
+    }
+    lines = picture(run_of((16, 16), **lost)).splitlines()
+    assert len(lines) < 60
+    assert "alpha: 256 paths · 32 not served · 224 waiting" in lines
+    assert sum(line.startswith("! alpha/path:") for line in lines) == 16
+    assert "  … and 16 more: weft paths list --run alpha" in lines
+    assert "… and 8 modules that are further: weft modules list" in lines
+
+
+def test_a_list_of_paths_has_all_that_is_known() -> None:
+    path = path_status(
+        "0.1",
+        "train",
+        workers=("w-1",),
+        validation_loss=3.25,
+        best_loss=3.125,
+        best_versions=(4, 5),
+        num_sequences=12_345,
+    )
+    run = run_of((1, 2), p0_1=path)
+    row = next(line for line in drawn(paths_table([run], STATUS.workers)).splitlines() if "path:0.1" in line)
+    for said in ("at work", "3/8", "12,345", "3.250", "3.125", "@4, @5"):
+        assert said in row
+    assert num_paths_through(run) == {"0.0": 2, "1.0": 1, "1.1": 1}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lines"),
+    [
+        (path_status("0.1"), path_status("0.1", "train", workers=("w-1",)), []),
+        (path_status("0.1"), path_status("0.1", "has had its rounds"), []),
+        (path_status("0.1"), path_status("0.1", UNSERVED), [UNSERVED]),
+        (path_status("0.1", UNSERVED), path_status("0.1", "waits for a worker"), ["somebody serves it now"]),
+        (
+            path_status("0.1"),
+            path_status("0.1", validation_loss=3.0, best_loss=2.5),
+            ["held-out loss 3.000, best 2.500"],
+        ),
+    ],
+    ids=["ordinary", "finished", "lost", "found", "measured"],
+)
+def test_lines_say_what_happened_to_a_path(before: PathStatus, after: PathStatus, lines: list[str]) -> None:
+    old, new = run_of((2, 2), p0_1=before), run_of((2, 2), p0_1=after)
+    assert path_steps(old, new) == [f"alpha path 0.1: {line}" for line in lines]
 
 
 # ---- following ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The commands of this side, by who types them."""

@@ -1,0 +1,1 @@
+"""What a worker does of a task, phase by phase: training, evaluation, routing."""
