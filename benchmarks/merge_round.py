@@ -3,38 +3,58 @@
     python benchmarks/merge_round.py [--write]
 
 Speed: bytes of updates merged per second, beside one arithmetic pass over the same bytes from memory (a
-float32 sum on as many threads) and beside ``peft.utils.merge_utils`` tensor by tensor. Memory: peak allocation
-of the merge itself at 2, 8 and 64 updates, inputs and result excluded. Weights are random.
+float32 sum on as many threads) and beside ``peft.utils.merge_utils`` tensor by tensor; with clipping, as in a
+round, and without, as offline. Sparse: 64 ternary updates, decoded from their files and merged, beside one read
+of those files. Memory: peak allocation of the merge itself at 2, 8 and 64 updates, inputs and result excluded.
+Weights are random.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import platform
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from weft.common.codec import CodecKind, CodecSettings, UpdateFile, encode_update
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge.engine import merge_module
-from weft.server.merge.settings import LoraSpace, MergeRuleName, MergeSettings, TiesConvention, TiesParameters
-from weft.server.merge.tiles import WORKING_ELEMENTS, Arrays, ArrayUpdate, spans
+from weft.server.merge.settings import (
+    Clip,
+    LoraSpace,
+    MergeRuleName,
+    MergeSettings,
+    TiesConvention,
+    TiesParameters,
+)
+from weft.server.merge.tiles import WORKING_ELEMENTS, Arrays, ArrayUpdate, Float32, Indices, Update, spans
 from weft.server.outer import OuterSettings
 
 PEFT_TIES = TiesParameters(convention=TiesConvention.PEFT)
 CASES = {
+    "mean, unclipped": MergeSettings(lora=LoraSpace.FACTORS, clip=Clip.NONE),
+    "ties (official), unclipped": MergeSettings(rule=MergeRuleName.TIES, clip=Clip.NONE),
+    "ties (peft), unclipped": MergeSettings(rule=MergeRuleName.TIES, ties=PEFT_TIES, clip=Clip.NONE),
+    "dare_ties, unclipped": MergeSettings(rule=MergeRuleName.DARE_TIES, clip=Clip.NONE),
+    "breadcrumbs, unclipped": MergeSettings(rule=MergeRuleName.BREADCRUMBS, clip=Clip.NONE),
     "mean": MergeSettings(lora=LoraSpace.FACTORS),
     "ties (official)": MergeSettings(rule=MergeRuleName.TIES),
     "ties (peft)": MergeSettings(rule=MergeRuleName.TIES, ties=PEFT_TIES),
     "fisher": MergeSettings(rule=MergeRuleName.FISHER),
+    "median": MergeSettings(rule=MergeRuleName.MEDIAN),
+    "geometric_median": MergeSettings(rule=MergeRuleName.GEOMETRIC_MEDIAN, lora=LoraSpace.FACTORS),
     "mean, exact ΔW": MergeSettings(lora=LoraSpace.EXACT),
 }
 
@@ -104,9 +124,12 @@ def peft_ties(updates: Sequence[ArrayUpdate], schema: Schema) -> None:
 
 
 def merge(
-    updates: Sequence[ArrayUpdate], start: Arrays, schema: Schema, case: str, threads: int, sink: Arrays
+    updates: Sequence[Update], start: Arrays, schema: Schema, case: str, threads: int, sink: Arrays
 ) -> None:
-    merge_module(updates, start, schema, sink, settings=CASES[case], outer=OuterSettings(), threads=threads)
+    chosen = CASES[case]
+    merge_module(
+        updates, start, schema, sink, settings=chosen, outer=OuterSettings(), threads=threads, norms=False
+    )
 
 
 def speed_rows(label: str, schema: Schema, count: int, cases: Sequence[str], threads: int) -> list[str]:
@@ -146,6 +169,54 @@ def memory_rows(cases: Sequence[str], threads: int) -> list[str]:
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class FileUpdate:
+    """An update file under a name."""
+
+    worker_id: str
+    file: UpdateFile
+    task_id: str = ""
+    weight: float = 1.0
+    rank: int | None = None
+    sparse: bool = True
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        return self.file.tile(name, start, stop)
+
+    def sparse_tile(self, name: str, start: int, stop: int) -> tuple[Indices, Float32]:
+        return self.file.sparse_tile(name, start, stop)
+
+    def fisher_tile(self, name: str, start: int, stop: int) -> Float32:
+        return self.file.fisher_tile(name, start, stop)
+
+
+def sparse_rows(count: int, threads: int) -> list[str]:
+    schema = Schema(tuple(TensorSpec(f"{number:02d}", "F32", (1024, 1024)) for number in range(24)))
+    start, sink = Arrays.zeros(schema), Arrays.zeros(schema)
+    rows = []
+    with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
+        # Four different files under many names: their size is read, and decoded, once a name.
+        paths = [Path(directory) / str(number) for number in range(4)]
+        for number, path in enumerate(paths):
+            arrays = random_arrays(schema, np.random.default_rng(number)).arrays
+            encode_update(path, schema, arrays, CodecSettings(kind=CodecKind.TERNARY, density=0.05))
+        megabytes = sum(paths[n % 4].stat().st_size for n in range(count)) / 1e6
+        read_s = best_s(lambda: [paths[n % 4].read_bytes() for n in range(count)])
+        rows.append(f"| read the files, {megabytes:.0f} MB | {read_s:.2f} | {1e3 * read_s / count:.1f} | |")
+        for name in ("mean, unclipped", "ties (official), unclipped", "mean"):
+            updates = [
+                FileUpdate(f"{n:02d}", stack.enter_context(UpdateFile(paths[n % 4], schema)))
+                for n in range(count)
+            ]
+            tracemalloc.start()
+            begin = time.perf_counter()
+            merge(updates, start, schema, name, threads, sink)
+            seconds, peak = time.perf_counter() - begin, tracemalloc.get_traced_memory()[1] / 2**20
+            tracemalloc.stop()
+            rows.append(f"| {name} | {seconds:.2f} | {1e3 * seconds / count:.1f} | {peak:.0f} |")
+    return rows
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -178,6 +249,12 @@ def report(threads: int) -> str:
         "| rule | 2 updates | 8 updates | 64 updates |",
         "|---|---|---|---|",
         *memory_rows(coordinate_wise, threads),
+        "",
+        "64 ternary updates of density 0.05 of 25.2 M parameters, from their files, decoded and merged:",
+        "",
+        "| what | s | ms an update | peak MiB |",
+        "|---|---|---|---|",
+        *sparse_rows(64, threads),
         "",
     ]
     return "\n".join(lines)

@@ -26,8 +26,8 @@ from lib.plain_loop import Plain
 from lib.random_base import DEMO_BASE, write_base, write_text
 
 from weft.client.data import TokenDataset, load_dataset
+from weft.client.tasks.steps import read_module
 from weft.client.trainer.training import StepReport, Trainer, TrainResult
-from weft.client.worker import read_module
 from weft.common.base import pin_base
 from weft.common.composition import Quantisation, ResidentBase, describe
 from weft.common.ids import ModuleKey, run_id

@@ -46,6 +46,8 @@ Pair: TypeAlias = tuple[TensorSpec, TensorSpec]
 """Specs of A and B of a LoRA layer."""
 J = TypeVar("J")
 R = TypeVar("R")
+_GRAM_ELEMENTS: Final = 1 << 20
+"""Inner products are summed over stretches of this length, whatever the number of threads."""
 _BATCH_ELEMENTS: Final = 1 << 17
 """Jobs smaller than this share a turn of the pool."""
 Tile: TypeAlias = tuple[TensorSpec, int, int]
@@ -502,14 +504,20 @@ def _grams(pool: Executor, round_: _Round, schema: Schema, pairs: Sequence[Pair]
         )
     clips_W = np.array([each.clip for each in round_.contributors])
 
+    length = max(1024, WORKING_ELEMENTS // len(clips_W))
+
     def tensor(tile: Tile) -> Float64:
-        stack_WT = round_.movements(*tile).stack()
-        return stack_WT @ stack_WT.T
+        spec, start, stop = tile
+        total_WW = np.zeros((len(clips_W), len(clips_W)))
+        for at in range(start, stop, length):
+            stack_WT = round_.movements(spec, at, min(at + length, stop)).stack()
+            total_WW += stack_WT @ stack_WT.T
+        return total_WW
 
     def layer(pair: Pair) -> Float64:
         return lora.change_gram(*round_.layer(pair)).numpy() * np.outer(clips_W, clips_W)
 
-    tiles = _tiles(schema, pairs, max(1024, WORKING_ELEMENTS // len(clips_W)))
+    tiles = _tiles(schema, pairs, _GRAM_ELEMENTS)
     grams = dict(zip((a.name for a, _ in pairs), pool.map(layer, pairs), strict=True))
     for (spec, _, _), gram_WW in zip(tiles, _map(pool, tiles, tensor, _length), strict=True):
         grams[spec.name] = grams[spec.name] + gram_WW if spec.name in grams else gram_WW
