@@ -1,0 +1,296 @@
+"""``weft merge``: a recipe becomes a plan, the plan a directory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from weft.common.errors import UsageError
+from weft.common.ids import digest
+from weft.common.tensors import DTYPES
+from weft.server.merge.rules import RULES
+from weft.server.merge.selection import BLOCK_ELEMENTS
+from weft.server.merge.tiles import Float32
+from weft.server.offline.adapters import plan_adapters
+from weft.server.offline.checkpoints import plan_checkpoints
+from weft.server.offline.inputs import Adapter, Checkpoint, open_checkpoint, open_input
+from weft.server.offline.output import Done, Output, Shard, plan_shards
+from weft.server.offline.plan import Plan
+from weft.server.offline.recipe import Recipe
+from weft.server.offline.sources import Weights
+from weft.server.offline.units import Unit
+
+MANIFEST: Final = "merge.json"
+_SAMPLE_ELEMENTS: Final = 1 << 21
+_SCRATCH_ARRAYS: Final = 24
+"""Arrays of a tile's length that a thread holds, generously."""
+_CANDIDATES: Final = 0.06
+"""Share of a tensor that selecting a threshold gathers, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What does not change the result."""
+
+    threads: int
+    """How many work at once."""
+    digests: bool
+    """Hash every input tensor for the manifest."""
+    device: str = "cpu"
+    """cpu, or cuda for adapters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a merge would take."""
+
+    num_tensors: int
+    """Of the result."""
+    num_parameters: int
+    """Of the result."""
+    read_bytes: int
+    """Of inputs, once."""
+    write_bytes: int
+    """Of the result."""
+    memory_bytes: int
+    """At its peak, beside the program itself and mapped files."""
+    seconds: float
+    """By measuring a part, files in memory."""
+    notes: tuple[str, ...]
+    """What a person should know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How a merge went."""
+
+    to: str
+    """Where the result is."""
+    num_tensors: int
+    """Of the result."""
+    num_parameters: int
+    """Of the result."""
+    num_resumed: int
+    """Units that an earlier, broken off run had done."""
+    truncation_error: float | None
+    """‖ΔW − B A‖ / ‖ΔW‖ over all layers of a merged adapter; None where nothing was recompressed."""
+    seconds: float
+    """Wall time."""
+    notes: tuple[str, ...]
+    """What a person should know."""
+
+
+def make_plan(recipe: Recipe, *, device: str) -> Plan:
+    """Open everything and refuse what cannot be merged.
+
+    Raises:
+        InputError: An input is damaged, of no known kind, or does not fit the others.
+        UsageError: Options do not go with the inputs.
+    """
+    inputs = [open_input(each.path, each.label) for each in recipe.inputs]
+    base = None if recipe.base is None else open_checkpoint(recipe.base, "the base")
+    adapters = [each for each in inputs if isinstance(each, Adapter)]
+    models = [each for each in inputs if isinstance(each, Checkpoint)]
+    if adapters and models:
+        raise UsageError(
+            f"{adapters[0].label} is an adapter and {models[0].label} a whole model",
+            hint="merge adapters with adapters: peft's merge_and_unload makes a model of one",
+        )
+    if adapters:
+        return plan_adapters(adapters, base, recipe, device=device)
+    onto = None if recipe.onto is None else open_checkpoint(recipe.onto, "the new base")
+    return plan_checkpoints(models, base, onto, recipe, device=device)
+
+
+def merge(
+    recipe: Recipe,
+    plan: Plan,
+    to: Path,
+    options: Options,
+    *,
+    advance: Callable[[int], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Result:
+    """Write the result of a plan to a directory that does not exist yet.
+
+    Args:
+        recipe: What was asked for.
+        plan: Of the recipe.
+        to: Where the result appears, complete or not at all.
+        options: Speed and digests.
+        advance: Told how many bytes of the result were written or found written.
+        clock: Seconds.
+
+    Raises:
+        InputError: A tensor holds NaN or infinity.
+        StorageError: It cannot be written; what is done is kept for the next try.
+        UsageError: ``to`` exists.
+    """
+    began = clock()
+    with Output(to, _shards(recipe, plan), _identity(recipe, plan), advance=advance) as output:
+        resumed = set(output.done)
+        sizes = {spec.name: spec.size * DTYPES[spec.dtype].itemsize for spec in plan.specs}
+        with ThreadPoolExecutor(options.threads) as pool:
+            for unit in plan.units:
+                if unit.name in resumed:
+                    advance(sum(sizes[name] for name in unit.outputs))
+                    continue
+                loss = unit.merge(output, threads=options.threads)
+                output.finish_unit(
+                    unit.name,
+                    unit.outputs,
+                    _digests(pool, unit) if options.digests else {},
+                    lost_square_sum=loss.lost_square_sum,
+                    total_square_sum=loss.total_square_sum,
+                )
+        error = _truncation_error(output.done.values())
+        manifest = _manifest(recipe, plan, output.done, truncation_error=error)
+        output.publish(
+            {
+                **plan.files,
+                MANIFEST: json.dumps(manifest, indent=2).encode() + b"\n",
+                "README.md": _card(recipe, plan).encode(),
+            }
+        )
+    return Result(
+        to=str(to),
+        num_tensors=len(plan.specs),
+        num_parameters=plan.num_parameters,
+        num_resumed=len(resumed),
+        truncation_error=error,
+        seconds=clock() - began,
+        notes=(*recipe.notes, *plan.notes),
+    )
+
+
+def estimate(
+    recipe: Recipe, plan: Plan, options: Options, *, clock: Callable[[], float] = time.perf_counter
+) -> Estimate:
+    """What a merge would take, by merging a part of its largest unit into nothing."""
+    largest = max(plan.units, key=lambda unit: unit.num_elements)
+    part = largest.sample(_SAMPLE_ELEMENTS)
+    part.merge(_Nowhere(), threads=options.threads)  # warm: libraries start, pages come in
+    began = clock()
+    part.merge(_Nowhere(), threads=options.threads)
+    share = sum(unit.num_elements for unit in plan.units) / max(1, part.num_elements)
+    reads = {(label, name): weights for unit in plan.units for label, weights, name in unit.reads}
+    return Estimate(
+        num_tensors=len(plan.specs),
+        num_parameters=plan.num_parameters,
+        read_bytes=sum(weights.raw(name).nbytes for (_, name), weights in reads.items()),
+        write_bytes=sum(shard.size_bytes for shard in _shards(recipe, plan)),
+        memory_bytes=_memory(recipe, largest, options),
+        seconds=(clock() - began) * share,
+        notes=(*recipe.notes, *plan.notes),
+    )
+
+
+def _shards(recipe: Recipe, plan: Plan) -> tuple[Shard, ...]:
+    return plan_shards(plan.specs, stem=plan.stem, shard_bytes_max=recipe.shard_bytes_max)
+
+
+def _memory(recipe: Recipe, largest: Unit, options: Options) -> int:
+    rows = 0 if recipe.uniform and RULES[recipe.uniform.settings.rule].row_by_row else 2 * len(recipe.inputs)
+    tiles = options.threads * (_SCRATCH_ARRAYS + rows) * BLOCK_ELEMENTS * 4
+    return tiles + int(options.threads * _CANDIDATES * largest.num_elements * 4)
+
+
+class _Nowhere:
+    """Where the result of a sample goes."""
+
+    def write(self, name: str, start: int, values: Float32) -> None:
+        """Forget it."""
+
+    def store(self, name: str, start: int, stored: npt.NDArray[Any]) -> None:
+        """Forget it."""
+
+
+def _digests(pool: ThreadPoolExecutor, unit: Unit) -> dict[str, dict[str, str]]:
+    """BLAKE3 of what a unit has read, by input and tensor, while it is still in memory."""
+
+    def one(read: tuple[str, Weights, str]) -> str:
+        return read[1].digest(read[2])
+
+    found: dict[str, dict[str, str]] = {}
+    for (label, _, name), value in zip(unit.reads, pool.map(one, unit.reads), strict=True):
+        found.setdefault(label, {})[name] = value
+    return found
+
+
+def _truncation_error(units: Iterable[Done]) -> float | None:
+    losses = [(done.lost_square_sum, done.total_square_sum) for done in units]
+    total = sum(each for _, each in losses)
+    return float(np.sqrt(sum(lost for lost, _ in losses) / total)) if total else None
+
+
+def _identity(recipe: Recipe, plan: Plan) -> str:
+    """Digest of all that decides the result: the recipe, the program, and the inputs' files as they are now."""
+    directories = [each.path for each in recipe.inputs]
+    directories += [each for each in (recipe.base, recipe.onto) if each is not None]
+    files = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for directory in directories
+        for path in sorted(directory.glob("*.safetensors"))
+    ]
+    specs = [(spec.name, spec.dtype, spec.shape) for spec in plan.specs]
+    units = [unit.name for unit in plan.units]
+    said = [recipe.table, files, specs, units, importlib.metadata.version("weft")]
+    return blake3(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(
+    recipe: Recipe, plan: Plan, done: Mapping[str, Done], *, truncation_error: float | None
+) -> dict[str, Any]:
+    outputs = {name: value for unit in done.values() for name, value in unit.outputs.items()}
+    inputs: dict[str, dict[str, str]] = {}
+    for unit in done.values():
+        for label, tensors in unit.inputs.items():
+            inputs.setdefault(label, {}).update(tensors)
+    return {
+        "recipe": recipe.table,
+        "notes": [*recipe.notes, *plan.notes],
+        "truncation_error": truncation_error,
+        "versions": {name: importlib.metadata.version(name) for name in ("weft", "torch", "numpy")},
+        "inputs": {label: _content(tensors) for label, tensors in sorted(inputs.items())},
+        "output": _content(outputs),
+        "tensors": dict(sorted(outputs.items())),
+    }
+
+
+def _content(tensors: Mapping[str, str]) -> str:
+    """One digest of a set of tensors, however files cut it: BLAKE3 of its sorted [name, digest] pairs as JSON."""
+    listed = json.dumps(sorted(tensors.items()), separators=(",", ":"))
+    return str(digest(blake3(listed.encode()).hexdigest()))
+
+
+def _card(recipe: Recipe, plan: Plan) -> str:
+    head = ["---", f"library_name: {plan.library}"]
+    if "/" in plan.base_name and not plan.base_name.startswith((".", "/")):
+        head.append(f"base_model: {plan.base_name}")
+    inputs = [f"- `{each.label}`" for each in recipe.inputs]
+    parts = [
+        "\n".join([*head, "tags: [weft, merge]", "---"]),
+        "# A merge",
+        f"Merged with Weft. [{MANIFEST}]({MANIFEST}) has the recipe, and the digests of what went in and came out.",
+        "## Inputs",
+        "\n".join(inputs),
+        "## Recipe",
+        f"```json\n{json.dumps(recipe.table, indent=2)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def num_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,310 @@
+"""The result on its way to disk: shards, a journal, and one rename.
+
+Beside ``OUT`` grows ``OUT.partial``. Its shards have their full length and header from the start, so tensors
+are written where they belong, in any order. When all tensors of a unit are written, one line of
+``journal.jsonl`` says so, with their BLAKE3 digests. A merge that is started again over the same inputs keeps
+what the journal names and the digests confirm, whatever the crash left of the page cache. At the end
+everything is synced and ``OUT.partial`` is renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from blake3 import blake3
+
+from weft.common.errors import ComputeError, DiskFull, StateLocked, StorageError, UsageError
+from weft.common.modules import TensorSpec
+from weft.common.tensors import DTYPES, FOREIGN, Entry, parse_header, render_header
+from weft.server.merge.tiles import Float32
+from weft.server.offline.sources import is_finite
+
+JOURNAL: Final = "journal.jsonl"
+_READ_BYTES: Final = 8 << 20
+_METADATA: Final = {"format": "pt"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One file of the result."""
+
+    name: str
+    """Of the file."""
+    header: bytes
+    """Its JSON."""
+    entries: Mapping[str, Entry]
+    """Its tensors."""
+
+    @property
+    def data_start(self) -> int:
+        """Offset of the data section."""
+        return 8 + len(self.header)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the file."""
+        return self.data_start + max((entry.stop for entry in self.entries.values()), default=0)
+
+
+def plan_shards(specs: Sequence[TensorSpec], *, stem: str, shard_bytes_max: int) -> tuple[Shard, ...]:
+    """Cut tensors, in their order, into files of at most so many bytes, or of one tensor.
+
+    Args:
+        specs: What is stored, by the dtypes of the files.
+        stem: ``model`` or ``adapter_model``.
+        shard_bytes_max: Longest data section.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        nbytes = spec.size * DTYPES[spec.dtype].itemsize
+        if groups[-1] and size + nbytes > shard_bytes_max:
+            groups.append([])
+            size = 0
+        groups[-1].append(spec)
+        size += nbytes
+    count = len(groups)
+    names = [f"{stem}-{number:05d}-of-{count:05d}" for number in range(1, count + 1)] if count > 1 else [stem]
+    return tuple(_shard(f"{name}.safetensors", group) for name, group in zip(names, groups, strict=True))
+
+
+def _shard(name: str, specs: Sequence[TensorSpec]) -> Shard:
+    header = render_header(specs, _METADATA)
+    size = sum(spec.size * DTYPES[spec.dtype].itemsize for spec in specs)
+    return Shard(name=name, header=header, entries=parse_header(header, size, FOREIGN).entries)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What the journal says of a unit."""
+
+    outputs: Mapping[str, str]
+    """BLAKE3 of the stored bytes by tensor."""
+    inputs: Mapping[str, Mapping[str, str]]
+    """BLAKE3 of the bytes that were read, by input and tensor; empty where digests are off."""
+    lost_square_sum: float
+    """‖ΔW − recompressed‖²."""
+    total_square_sum: float
+    """‖ΔW‖²."""
+
+
+class Output:
+    """The files of a result while they are written; use as a context.
+
+    Args:
+        to: Where the result appears; must not exist, or be an empty directory.
+        shards: Its weight files.
+        identity: Digest of everything that decides the result: another merge's remains are refused.
+        advance: Told how many bytes of the result were written.
+
+    Raises:
+        UsageError: ``to`` holds something, or the remains are of another merge.
+        StateLocked: Another process writes the same result.
+        DiskFull: There is too little space.
+    """
+
+    def __init__(
+        self, to: Path, shards: Sequence[Shard], identity: str, *, advance: Callable[[int], None]
+    ) -> None:
+        self._to, self._shards, self._advance = to, shards, advance
+        self.partial = to.with_name(f"{to.name}.partial")
+        self._places = {name: (shard, entry) for shard in shards for name, entry in shard.entries.items()}
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, BinaryIO] = {}
+        with _storage_errors(to):
+            self._journal = self._open(identity)
+        self.done = self._resume(identity)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self._stack.close()
+
+    def _open(self, identity: str) -> BinaryIO:
+        if self._to.exists() and not (self._to.is_dir() and not any(self._to.iterdir())):
+            raise UsageError(f"{self._to} exists", hint="give a directory that does not exist yet")
+        fresh = not (self.partial / JOURNAL).exists()
+        if fresh and self.partial.exists() and any(self.partial.iterdir()):
+            raise UsageError(
+                f"{self.partial} exists and is no merge of Weft's", hint="remove it, or give another --to"
+            )
+        self._to.parent.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            _check_space(self._to.parent, sum(shard.size_bytes for shard in self._shards))
+        self.partial.mkdir(exist_ok=True)
+        journal = self._stack.enter_context((self.partial / JOURNAL).open("a+b", buffering=0))
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StateLocked(f"another process is writing {self._to}", hint="wait for it") from error
+        journal.seek(0)
+        if b"\n" not in journal.read():  # new, or torn by a crash before its first line was there
+            journal.truncate(0)
+            journal.write(json.dumps({"merge": identity}).encode() + b"\n")
+        for shard in self._shards:
+            self._files[shard.name] = self._stack.enter_context(_create(self.partial, shard))
+        return journal
+
+    def _resume(self, identity: str) -> dict[str, Done]:
+        self._journal.seek(0)
+        first, *lines = self._journal.read().split(b"\n")
+        if json.loads(first).get("merge") != identity:
+            raise UsageError(
+                f"{self.partial} was begun by another merge, or its inputs have changed since",
+                hint=f"rm -r {self.partial}",
+            )
+        found = {}
+        for line in lines[:-1]:  # a last line without its end was torn by a crash
+            record = json.loads(line)
+            name = record.pop("unit")
+            done = Done(**record)
+            if all(self._digest(tensor) == digest for tensor, digest in done.outputs.items()):
+                found[name] = done
+        return found
+
+    def write(self, name: str, start: int, values: Float32) -> None:
+        """Store elements from ``start`` of a tensor, rounded to its dtype.
+
+        Raises:
+            ComputeError: A value is not finite, or not once it is rounded.
+        """
+        dtype = self._places[name][1].spec.dtype
+        stored = _stored(values, dtype)
+        if not is_finite(values if dtype != "F16" else stored.astype(np.float32)):
+            raise ComputeError(
+                f"the merged {name} is not finite as {dtype}, near element {start}",
+                hint="an input holds NaN or infinity there, or --dtype has too small a range: use bf16 or fp32",
+            )
+        self.store(name, start, stored)
+
+    def store(self, name: str, start: int, stored: npt.NDArray[Any]) -> None:
+        """Store elements that have the dtype of the file already."""
+        shard, entry = self._places[name]
+        offset = shard.data_start + entry.start + start * stored.itemsize
+        with _storage_errors(self._to):
+            _write_all(
+                self._files[shard.name].fileno(), np.ascontiguousarray(stored).view(np.uint8).data, offset
+            )
+        self._advance(stored.nbytes)
+
+    def finish_unit(
+        self,
+        unit: str,
+        outputs: Sequence[str],
+        inputs: Mapping[str, Mapping[str, str]],
+        *,
+        lost_square_sum: float,
+        total_square_sum: float,
+    ) -> None:
+        """Note that all tensors of a unit are written."""
+        done = Done(
+            outputs={name: self._digest(name) for name in outputs},
+            inputs=inputs,
+            lost_square_sum=lost_square_sum,
+            total_square_sum=total_square_sum,
+        )
+        record = {"unit": unit, **{field: getattr(done, field) for field in Done.__slots__}}
+        with _storage_errors(self._to):
+            self._journal.write(json.dumps(record).encode() + b"\n")
+        self.done[unit] = done
+
+    def _digest(self, name: str) -> str:
+        shard, entry = self._places[name]
+        hasher, offset, stop = blake3(), shard.data_start + entry.start, shard.data_start + entry.stop
+        while offset < stop:
+            part = os.pread(self._files[shard.name].fileno(), min(_READ_BYTES, stop - offset), offset)
+            if not part:
+                return ""  # shorter than it should be: it does not hold what was written
+            hasher.update(part)
+            offset += len(part)
+        return hasher.hexdigest()
+
+    def publish(self, files: Mapping[str, bytes | Path]) -> None:
+        """Add the other files and let the result appear, complete, at its place."""
+        with _storage_errors(self._to):
+            for name, content in (self._index() | dict(files)).items():
+                if isinstance(content, Path):
+                    shutil.copyfile(content, self.partial / name)
+                else:
+                    (self.partial / name).write_bytes(content)
+            (self.partial / JOURNAL).unlink()
+            for path in (*self.partial.iterdir(), self.partial):
+                _sync(path)
+            self.partial.replace(self._to)
+            _sync(self._to.resolve().parent)
+
+    def _index(self) -> dict[str, bytes | Path]:
+        if len(self._shards) == 1:
+            return {}
+        stem = self._shards[0].name.partition("-")[0]
+        total = sum(shard.size_bytes - shard.data_start for shard in self._shards)
+        places = {name: shard.name for name, (shard, _) in sorted(self._places.items())}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        return {f"{stem}.safetensors.index.json": json.dumps(index, indent=2).encode() + b"\n"}
+
+
+def _stored(values: Float32, dtype: str) -> npt.NDArray[Any]:
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16)
+    if dtype == "BF16":  # torch rounds four times as fast as numpy can
+        return torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    raise ValueError(f"results are not stored as {dtype}")
+
+
+def _create(directory: Path, shard: Shard) -> BinaryIO:
+    path = directory / shard.name
+    file = path.open("r+b" if path.exists() else "w+b", buffering=0)
+    _write_all(file.fileno(), memoryview(len(shard.header).to_bytes(8, "little") + shard.header), 0)
+    os.ftruncate(file.fileno(), shard.size_bytes)
+    return file
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise DiskFull(
+            f"the result takes {needed / 1e9:.1f} GB and {directory} has {free / 1e9:.1f} GB free",
+            hint="free some space, or give another --to",
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _storage_errors(to: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskFull(
+                f"no space left for {to}", hint="free space and run the same command again"
+            ) from error
+        raise StorageError(f"cannot write {to}: {error.strerror}", hint="give another --to") from error

@@ -1,0 +1,186 @@
+"""Tensors of other programs' files, as the engine reads them: float32, tile by tile.
+
+Legend: T = elements of a tile.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from weft.common.errors import TensorFileError
+from weft.common.modules import TensorSpec
+from weft.common.tensors import FOREIGN, TensorFile
+from weft.server.merge.tiles import Float32, Tiles, Update
+
+FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
+"""What is merged; other dtypes are copied."""
+WHOLE: Final = frozenset({"F32", "BF16", "F16"})
+"""What results are stored as."""
+
+
+class Weights:
+    """The tensors of some files of one directory, mapped, by the names that they have there."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._flat: dict[str, npt.NDArray[Any]] = {}
+        specs: dict[str, TensorSpec] = {}
+        for path in paths:
+            file = TensorFile(path, FOREIGN)
+            for spec in file.header.specs:
+                if spec.name in specs:
+                    raise TensorFileError(
+                        f"{path} holds {spec.name}, which another file of the directory holds too",
+                        hint="remove the file that does not belong to the model",
+                    )
+                specs[spec.name] = spec
+                self._flat[spec.name] = file.array(spec.name).reshape(-1)
+        self.specs: Mapping[str, TensorSpec] = specs
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """Elements ``start:stop`` of a floating-point tensor, float32 [T]; float64 is rounded."""
+        return _widen(self._flat[name][start:stop], self.specs[name].dtype)
+
+    def raw(self, name: str) -> npt.NDArray[Any]:
+        """The whole tensor as it lies in the file, flat; bfloat16 as uint16."""
+        return self._flat[name]
+
+    def digest(self, name: str) -> str:
+        """BLAKE3-256 of the tensor's bytes."""
+        return blake3(self._flat[name].view(np.uint8).data).hexdigest()
+
+
+def _widen(values: npt.NDArray[Any], dtype: str) -> Float32:
+    if dtype == "BF16":
+        wide: npt.NDArray[np.uint32] = np.left_shift(values, 16, dtype=np.uint32)
+        return wide.view(np.float32)
+    if dtype in FLOATS:
+        floats: Float32 = values.astype(np.float32, copy=False)
+        return floats
+    raise ValueError(f"{dtype} is not floating point")
+
+
+class Zeros:
+    """A start that is zero everywhere."""
+
+    def tile(self, _name: str, start: int, stop: int) -> Float32:
+        """Zeros [T]."""
+        return np.broadcast_to(np.float32(0), stop - start)
+
+
+class Recent:
+    """Tiles that keep the last one of each thread: a base is read once a tile, not once an input."""
+
+    def __init__(self, tiles: Tiles) -> None:
+        self._tiles = tiles
+        self._local = threading.local()
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """Elements ``start:stop``, not to be written to."""
+        span = (name, start, stop)
+        if getattr(self._local, "span", None) != span:
+            self._local.values = self._tiles.tile(*span)
+            self._local.span = span
+        values: Float32 = self._local.values
+        return values
+
+
+class Movement:
+    """What an input moved from its base, as an update of the engine."""
+
+    task_id = ""
+    rank = None
+
+    def __init__(
+        self,
+        trained: Tiles,
+        *,
+        label: str,
+        place: int,
+        weight: float = 1.0,
+        base: Tiles | None = None,
+        checked: bool = True,
+        sparse: bool = False,
+    ) -> None:
+        """A movement.
+
+        Args:
+            trained: The input's tensors.
+            label: What the input is called in messages.
+            place: Its place among the inputs, which they are added up in.
+            weight: What it counts for; a negative one turns the movement round.
+            base: What it is measured from; None: from zero.
+            checked: Refuse NaN and infinity; linear rules hand them on to the result, where they are found.
+            sparse: It is trimmed already.
+        """
+        self.worker_id = f"{place:04d}"
+        self.weight = abs(weight)
+        self.sparse = sparse
+        self._trained, self._base, self._label = trained, base, label
+        self._turned, self._checked = weight < 0, checked
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """The movement of elements ``start:stop``, float32 [T]."""
+        values = self._trained.tile(name, start, stop)
+        if self._base is not None:
+            values = values - self._base.tile(name, start, stop)
+        if self._turned:
+            values = -values
+        if self._checked and not is_finite(values):
+            raise not_finite(self._label, name, start, values)
+        return values
+
+    def sparse_tile(self, _name: str, _start: int, _stop: int) -> None:
+        """None: files of others are dense."""
+        return
+
+    def fisher_tile(self, name: str, _start: int, _stop: int) -> Float32:
+        """No such file carries a Fisher."""
+        raise ValueError(f"{self._label} has no Fisher for {name}")
+
+
+def is_finite(values: Float32) -> bool:
+    """Whether there is neither NaN nor infinity."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # One sum is three times as fast as looking at each, and finite unless something is not, or it overflows.
+        return bool(np.isfinite(np.add.reduce(values)) or np.isfinite(values).all())
+
+
+def not_finite(label: str, name: str, start: int, values: Float32) -> TensorFileError:
+    """The error for a tile that begins at element ``start``."""
+    index = int(np.argmin(np.isfinite(values)))
+    said = "NaN" if np.isnan(values[index]) else "infinity"
+    return TensorFileError(
+        f"{label} holds {said} in {name}, element {start + index}",
+        hint="train or export it again; nothing was written",
+    )
+
+
+class Trimmed:
+    """A movement that is trimmed to a density of its own, which the engine then leaves alone."""
+
+    task_id = ""
+    rank = None
+    sparse = True
+
+    def __init__(self, update: Update, cuts: Mapping[str, Callable[[Float32, int], Float32]]) -> None:
+        self.worker_id, self.weight = update.worker_id, update.weight
+        self._update, self._cuts = update, cuts
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """The movement of elements ``start:stop``, zero where it is trimmed."""
+        return self._cuts[name](self._update.tile(name, start, stop), start)
+
+    def sparse_tile(self, _name: str, _start: int, _stop: int) -> None:
+        """None: it is trimmed as it is read."""
+        return
+
+    def fisher_tile(self, name: str, start: int, stop: int) -> Float32:
+        """That of the movement."""
+        return self._update.fisher_tile(name, start, stop)

@@ -1,0 +1,277 @@
+"""The pieces that a merge is made of: each is merged whole, and done once.
+
+Legend: T = elements of a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from weft.common.errors import UsageError
+from weft.common.modules import Schema, TensorSpec
+from weft.server.merge.engine import MergeReport, merge_module
+from weft.server.merge.rules import RULES
+from weft.server.merge.settings import Clip, MergeSettings, Trim
+from weft.server.merge.statistics import Cut, find_cut
+from weft.server.merge.tiles import Float32, Scratch, Sink, Tiles, Update
+from weft.server.offline.recipe import Choice
+from weft.server.offline.sources import Movement, Recent, Trimmed, Weights, Zeros
+from weft.server.outer import OuterSettings
+
+
+class Store(Sink, Protocol):
+    """Where results go: float32 that is rounded, or elements as they are."""
+
+    def store(self, name: str, start: int, stored: npt.NDArray[Any]) -> None:
+        """Store elements that have the dtype of the file already."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What recompression to a rank cost."""
+
+    lost_square_sum: float = 0.0
+    """‖ΔW − B A‖²."""
+    total_square_sum: float = 0.0
+    """‖ΔW‖²."""
+
+
+class Unit(Protocol):
+    """A piece of a merge."""
+
+    @property
+    def name(self) -> str:
+        """What the journal calls it."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Tensors of the result that it writes, all of each."""
+        ...
+
+    @property
+    def reads(self) -> tuple[tuple[str, Weights, str], ...]:
+        """(input, its tensors, name of one) of all that it reads."""
+        ...
+
+    @property
+    def num_elements(self) -> int:
+        """Elements that it merges, of one input: what its time is in proportion to."""
+        ...
+
+    def merge(self, store: Store, *, threads: int) -> Loss:
+        """Write every element of its outputs."""
+        ...
+
+    def sample(self, num_elements: int) -> Unit:
+        """A unit that merges a part of it, of about so many elements, to see how long it takes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An input, as units read it."""
+
+    label: str
+    """What it is called."""
+    weights: Weights
+    """Its tensors."""
+    names: Mapping[str, str]
+    """Its names for tensors where they differ from the result's."""
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        """Elements ``start:stop`` of a tensor by the result's name, float32 [T]."""
+        return self.weights.tile(self.names.get(name, name), start, stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinates:
+    """Tensors merged coordinate by coordinate, or weighed by their distances: one call of the engine."""
+
+    name: str
+    """Its first tensor's."""
+    specs: tuple[TensorSpec, ...]
+    """What is merged, by the result's names."""
+    sources: tuple[Source, ...]
+    """The inputs."""
+    base: Source | None
+    """What movements are measured from; None: whole weights are merged."""
+    onto: Source | None
+    """What the merged movement is added to; None: to zero."""
+    choice: Choice
+    """How."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of its tensors."""
+        return tuple(spec.name for spec in self.specs)
+
+    @property
+    def num_elements(self) -> int:
+        """Of all its tensors."""
+        return sum(spec.size for spec in self.specs)
+
+    @property
+    def reads(self) -> tuple[tuple[str, Weights, str], ...]:
+        """Its tensors, in every input, the base, and what they are added to."""
+        read = [*self.sources, *(each for each in (self.base, self.onto) if each is not None)]
+        unique = {source.label: source for source in read}
+        return tuple(
+            (label, source.weights, source.names.get(spec.name, spec.name))
+            for label, source in unique.items()
+            for spec in self.specs
+        )
+
+    def merge(self, store: Store, *, threads: int) -> Loss:
+        """Write every element of its tensors."""
+        base = _recent(self.base)
+        if self.onto is None:
+            start: Tiles = Zeros()
+        else:
+            start = base if base is not None and self.onto is self.base else Recent(self.onto)
+        if not any(self.choice.weights):
+            return _copy(self.specs, start, store)
+        merge_coordinates(
+            [
+                Movement(
+                    source, label=source.label, place=place, weight=weight, base=base, checked=self._checks
+                )
+                for place, (source, weight) in enumerate(zip(self.sources, self.choice.weights, strict=True))
+            ],
+            start,
+            Schema(self.specs),
+            store,
+            choice=self.choice,
+            threads=threads,
+        )
+        return Loss()
+
+    @property
+    def _checks(self) -> bool:
+        """Whether NaN could get lost on the way; through a weighted mean it cannot, and the result is checked."""
+        rule = RULES[self.choice.settings.rule]
+        settings = self.choice.settings
+        weighed = rule.choose is not None or settings.clip is not Clip.NONE
+        return rule.linear is None or weighed or self.choice.trims is not None
+
+    def sample(self, num_elements: int) -> Unit:
+        """The first rows of its largest tensor."""
+        largest = max(self.specs, key=lambda spec: spec.size)
+        shape = largest.shape
+        if largest.size > num_elements and shape:
+            rows = max(1, num_elements * shape[0] // largest.size)
+            shape = (rows, *shape[1:])
+        return dataclasses.replace(self, specs=(TensorSpec(largest.name, "F32", shape),))
+
+
+def merge_coordinates(
+    updates: Sequence[Update],
+    start: Tiles,
+    schema: Schema,
+    sink: Sink,
+    *,
+    choice: Choice,
+    threads: int,
+) -> MergeReport:
+    """Merge movements with the engine; a choice's own trims are applied first."""
+    if choice.trims is not None:
+        updates = [
+            update if trim is None else _trimmed(update, schema, trim)
+            for update, trim in zip(updates, choice.trims, strict=True)
+        ]
+    return merge_module(
+        updates,
+        start,
+        schema,
+        sink,
+        settings=choice.settings,
+        outer=OuterSettings(learning_rate=choice.multiple),
+        norms=False,
+        threads=threads,
+    )
+
+
+def _recent(source: Source | None) -> Recent | None:
+    return None if source is None else Recent(source)
+
+
+def _trimmed(update: Update, schema: Schema, trim: Trim) -> Trimmed:
+    scratch = Scratch()
+    cuts = {
+        spec.name: _apply(find_cut(partial(update.tile, spec.name), spec.size, trim, scratch)[0])
+        for spec in schema.tensors
+    }
+    return Trimmed(update, cuts)
+
+
+def _apply(cut: Cut) -> Any:
+    # Scratch of its own each time: several threads read at once, and the engine may hold what it was given.
+    return lambda values, start: cut.apply(values, start, Scratch())
+
+
+def _copy(specs: Sequence[TensorSpec], start: Tiles, sink: Sink) -> Loss:
+    for spec in specs:
+        for first in range(0, spec.size, _COPY_ELEMENTS):
+            stop = min(first + _COPY_ELEMENTS, spec.size)
+            sink.write(spec.name, first, np.array(start.tile(spec.name, first, stop)))
+    return Loss()
+
+
+_COPY_ELEMENTS: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """A tensor that is the same in every input, such as an integer buffer."""
+
+    name: str
+    """In the result."""
+    sources: tuple[Source, ...]
+    """All that hold it."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Itself."""
+        return (self.name,)
+
+    @property
+    def num_elements(self) -> int:
+        """None are merged."""
+        return 0
+
+    @property
+    def reads(self) -> tuple[tuple[str, Weights, str], ...]:
+        """It, in every input."""
+        return tuple((source.label, source.weights, self.name) for source in self.sources)
+
+    def merge(self, store: Store, *, threads: int) -> Loss:
+        """Write it as it is."""
+        store.store(self.name, 0, self.sources[0].weights.raw(self.name))
+        return Loss()
+
+    def sample(self, num_elements: int) -> Unit:
+        """Itself."""
+        return self
+
+
+def is_module_wide(settings: MergeSettings) -> bool:
+    """Whether a tensor's result depends on other tensors, so that a model has to be merged as one unit."""
+    rule = RULES[settings.rule]
+    return settings.clip is not Clip.NONE or (rule.choose is not None and rule.robust)
+
+
+def refuse_device(device: str, rule: str) -> None:
+    """Raise UsageError unless the device is the CPU, where coordinate-wise rules run."""
+    if device != "cpu":
+        raise UsageError(
+            f"rule {rule} on these inputs runs on the CPU; {device} is for adapters as exact, stack or dense",
+            hint="remove --device",
+        )
