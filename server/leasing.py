@@ -42,7 +42,14 @@ class Leasing:
         live = self._state.seen(caller)
         live.tokens_per_s = tokens_per_s or live.tokens_per_s
         live.unable = {item.run_id: item.reason[:200] for item in unable[:100]}
-        live.limits = {item.run_id: item for item in limits[:100]}
+        limits_now = {item.run_id: item for item in limits[:100]}
+        # Who gave a task back since it was too large gets a smaller one at once.
+        live.gave_back = {
+            task: at_s
+            for task, at_s in live.gave_back.items()
+            if live.limits.get(task[0]) == limits_now.get(task[0])
+        }
+        live.limits = limits_now
 
     def poll(self, caller: Caller) -> PollAnswer:
         """A task, the caller's own when it holds a lease, or a reason to wait."""

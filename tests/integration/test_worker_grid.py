@@ -38,8 +38,10 @@ def test_fragments_are_sent_in_turn_while_training_goes_on(
 
 
 def test_a_worker_of_a_smaller_rank_is_given_slices(
-    site: Site, tiny_base: Path, text: Path, tmp_path: Path
+    site: Site, tiny_base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A worker that gave a path back is not offered it again for a while.
+    monkeypatch.setattr("weft.server.leasing.GAVE_BACK_S", 0.0)
     site.start(write_run(tmp_path / "ranks.toml", tiny_base, count=1))
     small = site.home.root / "workers" / "small"
     save_settings(small, WorkerSettings(data=str(text), name="small", rank=2))
