@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check protos wheel bench crash
+.PHONY: help setup demo test check protos wheel bench crash quality-dipaco quality-dipaco-short quality-text
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,3 +45,12 @@ crash: setup ## 1,000 kills of the coordinator at random points
 
 bench: setup ## all benchmarks, with their results written
 	for script in benchmarks/*.py; do $(BIN)/python $$script --write || exit 1; done
+
+quality-dipaco: setup ## DiPaCo's findings on text of known entropy: an hour or two of two cores, resumes
+	$(BIN)/python -m benchmarks.quality --write
+
+quality-dipaco-short: setup ## the largest of these effects, in three minutes; fails when a sign is wrong
+	$(BIN)/python -m benchmarks.quality --short --fresh --cache build/quality-short
+
+quality-text: setup ## the same once on manual pages of Debian's packages, which it downloads
+	$(BIN)/python -m benchmarks.quality.real_text

@@ -181,12 +181,15 @@ class FileUpdate:
     sparse: bool = True
 
     def tile(self, name: str, start: int, stop: int) -> Float32:
+        """Elements of the movement."""
         return self.file.tile(name, start, stop)
 
     def sparse_tile(self, name: str, start: int, stop: int) -> tuple[Indices, Float32]:
+        """The same, where it is not zero."""
         return self.file.sparse_tile(name, start, stop)
 
     def fisher_tile(self, name: str, start: int, stop: int) -> Float32:
+        """Elements of the Fisher."""
         return self.file.fisher_tile(name, start, stop)
 
 

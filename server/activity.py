@@ -30,6 +30,7 @@ def run_view(run: Run, present: Present) -> RunView:
         inactive=inactive,
         stopped=stopped,
         due=_due(run, inactive, present),
+        evaluators=_evaluators(run, present),
         routes_locally=run.recipe.routing.mode is RoutingMode.LOCAL,
         streams=run.recipe.streaming is not None,
     )
@@ -71,6 +72,19 @@ def _due(run: Run, inactive: dict[Path, str], present: Present) -> tuple[Path, .
         and _can_be_measured(run, path, present)
         and is_due(run.paths.get(path), path, versions, policy, trained=has_ended(path, rounds, count))
     )
+
+
+def _evaluators(run: Run, present: Present) -> dict[Path, WorkerId]:
+    """Local data: who evaluated a path before, and is still here with documents for it."""
+    if run.recipe.routing.mode is not RoutingMode.LOCAL:
+        return {}
+    return {
+        path: record.best.worker_id
+        for path, record in run.paths.items()
+        if record.best is not None
+        and present(record.best.worker_id)
+        and path in run.holds.get(record.best.worker_id, frozenset())
+    }
 
 
 def _can_be_measured(run: Run, path: Path, present: Present) -> bool:

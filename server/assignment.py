@@ -88,6 +88,8 @@ class RunView:
     """Of these, the ones that were stopped early, for good."""
     due: tuple[Path, ...] = ()
     """Paths whose newest versions are to be evaluated."""
+    evaluators: Mapping[Path, WorkerId] = field(default_factory=dict)
+    """Who evaluates a path as long as it is here: losses on another's documents are another scale."""
     routes_locally: bool = False
     """Workers route their own documents and serve the paths that they have some for."""
     streams: bool = False
@@ -191,6 +193,7 @@ def _from_run(asker: Asker, view: RunView, leases: Sequence[Lease]) -> Offer | W
     for path in view.due:
         if (
             path in served
+            and view.evaluators.get(path, asker.worker_id) == asker.worker_id
             and (view.run, path, Purpose.EVALUATE) not in asker.gave_back
             and not any(lease.is_for(view.run, path, Purpose.EVALUATE) for lease in leases)
         ):

@@ -384,7 +384,7 @@ class Worker:
         self.session = ""
         self.holdings: tuple[Holding, ...] = ()
         """What it says when it is asked to route its documents."""
-        self.validation_loss: Callable[[Task], float] = lambda task: 2.0
+        self.validation_loss: Callable[[Task], float | None] = lambda task: 2.0
 
     # --- who ---
 

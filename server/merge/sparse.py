@@ -37,14 +37,10 @@ _UINT8_MAX: Final = 255
 class SignedSums:
     """Sums of what is positive and of what is negative, coordinate by coordinate: all that an election needs."""
 
-    positive: Float32
-    """Σ weight · value over positive values, [T]."""
-    negative: Float32
-    """The same over negative ones, ≤ 0."""
-    num_positive: Counts
-    """How many values are positive, [T]."""
-    num_negative: Counts
-    """How many are negative."""
+    sums: Float32
+    """Σ factor · value over positive values [T], then over negative ones [T]."""
+    counts: Counts
+    """How many values are positive [T], then how many are negative [T]."""
 
     @classmethod
     def zeros(cls, size: int, num_updates: int, scratch: Scratch) -> SignedSums:
@@ -52,11 +48,28 @@ class SignedSums:
         # One byte a count is four times as fast, and enough for nearly every round.
         kind: type[np.unsignedinteger[Any]] = np.uint8 if num_updates <= _UINT8_MAX else np.uint32
         return cls(
-            scratch.zeros("positive", size, np.float32),
-            scratch.zeros("negative", size, np.float32),
-            scratch.zeros("num_positive", size, kind),
-            scratch.zeros("num_negative", size, kind),
+            scratch.zeros("signed sums", 2 * size, np.float32), scratch.zeros("signed counts", 2 * size, kind)
         )
+
+    @property
+    def positive(self) -> Float32:
+        """Σ factor · value over positive values, [T]."""
+        return self.sums[: len(self.sums) // 2]
+
+    @property
+    def negative(self) -> Float32:
+        """The same over negative ones, ≤ 0."""
+        return self.sums[len(self.sums) // 2 :]
+
+    @property
+    def num_positive(self) -> Counts:
+        """How many values are positive, [T]."""
+        return self.counts[: len(self.counts) // 2]
+
+    @property
+    def num_negative(self) -> Counts:
+        """How many are negative."""
+        return self.counts[len(self.counts) // 2 :]
 
     def add(self, row: Row, factor: float, scratch: Scratch) -> None:
         """Add ``factor`` times the raw values of a row."""
@@ -73,21 +86,19 @@ class SignedSums:
         np.right_shift(bits, 31, out=part)  # all ones where negative
         np.bitwise_and(bits, part, out=part)
         negative = part.view(np.float32)
-        np.add(self.negative, negative, out=self.negative)
+        sums = self.negative
+        np.add(sums, negative, out=sums)
         _count(self.num_negative, np.not_equal(negative, 0, out=flags))
         np.bitwise_xor(bits, part, out=part)
         positive = part.view(np.float32)
-        np.add(self.positive, positive, out=self.positive)
+        sums = self.positive
+        np.add(sums, positive, out=sums)
         _count(self.num_positive, np.not_equal(positive, 0, out=flags))
 
     def _add_sparse(self, indices: Indices, values: Float32) -> None:
-        for sums, counts, chosen in (
-            (self.positive, self.num_positive, values > 0),
-            (self.negative, self.num_negative, values < 0),
-        ):
-            places = indices[chosen]
-            sums[places] += values[chosen]
-            counts[places] += 1
+        places = indices + (values < 0) * (len(self.sums) // 2)
+        self.sums[places] += values
+        self.counts[places] += values != 0
 
 
 def _count(counts: Counts, flags: npt.NDArray[np.bool_]) -> None:

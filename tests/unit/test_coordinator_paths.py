@@ -240,6 +240,26 @@ def test_paths_are_evaluated_and_the_best_versions_resolve(site: Site) -> None:
     assert status_of(site, "0").best_versions == (1,)
 
 
+def test_a_path_is_evaluated_by_the_same_worker_while_it_is_here(site: Site) -> None:
+    local(site, "[paths]\nevaluate_every = 1", experts=(2,), rounds="count = 3\nquorum = 1\ntarget = 1")
+    a, b = site.workers("a", "b")
+    for worker in (a, b):
+        worker.holdings = (holding("0"), holding("1"))
+    finish(site, a, b)
+    for record in site.run.paths.values():
+        assert len({item.worker_id for item in record.evaluations}) == 1
+
+
+def test_what_holds_nothing_out_is_asked_once(site: Site) -> None:
+    given(site, "[paths]\nevaluate_every = 1", experts=(2,))
+    (worker,) = site.workers("a")
+    worker.validation_loss = lambda task: None if task.path == "0" else 2.0
+    tasks = finish(site, worker)
+    asked = [task.path for task in tasks if task.purpose is Purpose.EVALUATE]
+    assert (asked.count("0"), asked.count("1")) == (1, 3)
+    assert worker.poll().finished
+
+
 def test_a_path_that_learns_no_more_is_stopped(site: Site) -> None:
     text = "[paths]\nevaluate_every = 1\nearly_stop = 2"
     given(site, text, rounds="count = 9\nquorum = 1\ntarget = 1", experts=(2,))

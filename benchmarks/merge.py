@@ -1,0 +1,468 @@
+"""``weft merge`` against its limit, ``peft`` and ``mergekit``, on Llama-style checkpoints and on adapters.
+
+    python benchmarks/merge.py [--scale N] [--inputs 4 8] [--dtypes fp32 bf16] [--mergekit PYTHON] [--write]
+
+The limit is one arithmetic mean pass over the mapped inputs, by tiles and with reused buffers, and one write of
+a result's bytes. ``weft`` is timed as a whole merge in a process that has started (plan, merge, journal,
+sync, rename), with and without hashing the inputs for the manifest, and once as the command from its start.
+``peft`` is ``peft.utils.merge_utils`` tensor by tensor without reading or writing files; ``mergekit`` is its
+command in the interpreter that is named. Peak memory is the growth of anonymous pages of a process of its own.
+Weights are random: what selection costs hardly depends on them. All of it is one run; times are medians.
+
+``--scale 1`` is 134 million parameters (18 blocks of width 640); the default, 8, is an eighth of the blocks'
+and the vocabulary's size and takes two minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lib.machine import setting
+
+from weft.common.tensors import FOREIGN, Bf16, TensorData, TensorFile, float32_to_bf16, write_tensors
+from weft.server.merge.tiles import spans
+from weft.server.offline import merging
+from weft.server.offline.inputs import split_label
+from weft.server.offline.recipe import InputSpec, LoraMode, Recipe, RecipeFile, merge_settings, understand
+
+TILE = 1 << 17
+PACKAGES = ("torch", "numpy", "peft", "safetensors")
+RULES = {
+    "mean": ("mean", {}),
+    "ties": ("ties", {"density": 0.2}),
+    "dare_ties": ("dare_ties", {"density": 0.2}),
+    "breadcrumbs": ("breadcrumbs", {"density": 0.2}),
+}
+MERGEKIT = {
+    "mean": ("linear", {}),
+    "ties": ("ties", {"density": 0.2}),
+    "dare_ties": ("dare_ties", {"density": 0.2}),
+    "breadcrumbs": ("breadcrumbs", {"density": 0.2}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A Llama-style model."""
+
+    blocks: int
+    width: int
+    inner: int
+    vocabulary: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by name."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocabulary, self.width)}
+        square, up = (self.width, self.width), (self.inner, self.width)
+        for block in range(self.blocks):
+            at = f"model.layers.{block}"
+            shapes |= {f"{at}.self_attn.{name}_proj.weight": square for name in "qkvo"}
+            shapes |= {f"{at}.mlp.{name}_proj.weight": up for name in ("gate", "up")}
+            shapes[f"{at}.mlp.down_proj.weight"] = up[::-1]
+            shapes |= {f"{at}.{name}_layernorm.weight": up[1:] for name in ("input", "post_attention")}
+        return shapes | {"model.norm.weight": up[1:]}
+
+    @property
+    def config(self) -> dict[str, object]:
+        """config.json."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.blocks,
+            "num_attention_heads": 10,
+            "num_key_value_heads": 10,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 2048,
+        }
+
+
+def size_of(scale: int) -> Size:
+    return Size(blocks=max(2, 18 // scale), width=640, inner=1706, vocabulary=121_600 // scale)
+
+
+def write_model(to: Path, size: Size, dtype: str, seed: int) -> Path:
+    to.mkdir()
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, TensorData] = {}
+    for name, shape in size.shapes.items():
+        values = np.multiply(rng.standard_normal(shape, np.float32), np.float32(0.02))
+        tensors[name] = values if dtype == "fp32" else Bf16(float32_to_bf16(values))
+    write_tensors(to / "model.safetensors", tensors, {"format": "pt"})
+    config = size.config | {"dtype": "float32" if dtype == "fp32" else "bfloat16"}
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def write_adapter(to: Path, size: Size, rank: int, seed: int) -> Path:
+    to.mkdir()
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, TensorData] = {}
+    for name, shape in size.shapes.items():
+        if not name.endswith("_proj.weight"):
+            continue
+        layer = "base_model.model." + name.removesuffix(".weight")
+        tensors[f"{layer}.lora_A.weight"] = rng.standard_normal((rank, shape[1]), np.float32) / np.float32(25)
+        tensors[f"{layer}.lora_B.weight"] = rng.standard_normal((shape[0], rank), np.float32) / np.float32(25)
+    write_tensors(to / "adapter_model.safetensors", tensors, {"format": "pt"})
+    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
+    (to / "adapter_config.json").write_text(json.dumps(config))
+    return to
+
+
+# -- what is measured --------------------------------------------------------------------------------------
+
+
+def median_s(action: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def one_pass(models: Sequence[Path], to: Path, threads: int) -> None:
+    """The mean of all inputs, summed by tiles, written as float32 or bfloat16 of the inputs."""
+    files = [TensorFile(model, FOREIGN) for model in models]
+    specs = files[0].header.specs
+    tiles = [(spec, *span) for spec in specs for span in spans(spec.size, TILE)]
+    out = os.open(to, os.O_WRONLY | os.O_CREAT)
+    begins = dict(zip((spec.name for spec in specs), _offsets(files[0]), strict=True))
+
+    def batch(index: int) -> None:
+        total = np.empty(TILE, np.float32)
+        wide = np.empty(TILE, np.uint32)
+        for spec, start, stop in tiles[index::threads]:
+            part = total[: stop - start]
+            part.fill(0)
+            for file in files:
+                values = file.array(spec.name).reshape(-1)[start:stop]
+                if spec.dtype == "BF16":
+                    values = np.left_shift(values, 16, out=wide[: stop - start], dtype=np.uint32).view(
+                        np.float32
+                    )
+                np.add(part, values, out=part)
+            np.multiply(part, np.float32(1 / len(files)), out=part)
+            stored: npt.NDArray[np.generic] = part if spec.dtype == "F32" else float32_to_bf16(part)
+            os.pwrite(out, stored.data, begins[spec.name] + start * stored.itemsize)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(batch, range(threads)))
+    os.close(out)
+
+
+def _offsets(file: TensorFile) -> Iterator[int]:
+    return (entry.start for entry in file.header.entries.values())
+
+
+def recipe_of(inputs: Sequence[Path], base: Path | None, rule: str, lora: LoraMode | None = None) -> Recipe:
+    name, parameters = RULES[rule]
+    file = RecipeFile(
+        inputs=tuple(InputSpec(path=str(path), name=split_label(str(path))[0]) for path in inputs),
+        base=str(base or ""),
+        lora=lora,
+        merge=merge_settings(name, parameters),
+    )
+    return understand(file, resolve=Path)
+
+
+def weft(recipe: Recipe, to: Path, threads: int, *, digests: bool) -> None:
+    plan = merging.make_plan(recipe, device="cpu")
+    merging.merge(
+        recipe, plan, to, merging.Options(threads=threads, digests=digests), advance=lambda _count: None
+    )
+    shutil.rmtree(to)
+
+
+def command_s(arguments: Sequence[str | Path], to: Path) -> float:
+    begin = time.perf_counter()
+    subprocess.run([str(each) for each in arguments], check=True, capture_output=True)
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(to)
+    return seconds
+
+
+def peft_rule(models: Sequence[Path], base: Path, rule: str) -> None:
+    from peft.utils import merge_utils
+    from safetensors import safe_open
+
+    handles = [safe_open(path / "model.safetensors", framework="pt") for path in (*models, base)]
+    *trained, start = (handle.__enter__() for handle in handles)
+    for name in start.keys():  # noqa: SIM118 - it is no mapping
+        rows = [handle.get_tensor(name) - start.get_tensor(name) for handle in trained]
+        weights = torch.ones(len(rows))
+        if rule == "ties":
+            merge_utils.ties(rows, weights, 0.2)
+        else:
+            merge_utils.dare_ties(rows, weights, 0.2)
+
+
+def mergekit_s(python: Path, models: Sequence[Path], base: Path, rule: str, to: Path) -> float:
+    method, parameters = MERGEKIT[rule]
+    entries = [{"model": str(path), "parameters": {"weight": 1.0, **parameters}} for path in models]
+    config = {"merge_method": method, "models": entries}
+    if method != "linear":
+        config |= {"base_model": str(base), "parameters": {"normalize": True}}
+    file = to.with_suffix(".yml")
+    file.write_text(json.dumps(config))  # which is YAML
+    return command_s([python, "-W", "ignore", "-m", "mergekit.scripts.run_yaml", file, to], to)
+
+
+CHILD = """
+import json, sys, threading
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import merge as bench
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+def run(inputs, base):
+    recipe = bench.recipe_of([Path(each) for each in inputs], Path(base), {rule!r})
+    bench.weft(recipe, Path({to!r}), {threads}, digests=True)
+run({tiny!r}, {tiny_base!r})
+before, peak, stop = anonymous(), [0], threading.Event()
+def watch():
+    while not stop.wait(0.005):
+        peak[0] = max(peak[0], anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+run({inputs!r}, {base!r})
+stop.set()
+watcher.join()
+print(json.dumps(peak[0] - before))
+"""
+
+
+def timed(recipe: Recipe, to: Path, arguments: argparse.Namespace, *, digests: bool = False) -> float:
+    """Median seconds of a whole merge."""
+    return median_s(lambda: weft(recipe, to, arguments.threads, digests=digests), arguments.repeats)
+
+
+def limit_s(models: Sequence[Path], to: Path, arguments: argparse.Namespace) -> float:
+    """Median seconds of the limit."""
+    files = [model / "model.safetensors" for model in models]
+    return median_s(lambda: one_pass(files, to, arguments.threads), arguments.repeats)
+
+
+def peak_mib(
+    rule: str, inputs: Sequence[Path], base: Path, tiny: Sequence[Path], to: Path, threads: int
+) -> float:
+    """Growth of anonymous memory of a process that has merged something small before."""
+    code = CHILD.format(
+        here=str(Path(__file__).parent),
+        rule=rule,
+        threads=threads,
+        to=str(to),
+        inputs=[str(path) for path in inputs],
+        base=str(base),
+        tiny=[str(path) for path in tiny[1:]],
+        tiny_base=str(tiny[0]),
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)) / 2**20
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_rows(arguments: argparse.Namespace, work: Path, dtype: str) -> list[str]:
+    size = size_of(arguments.scale)
+    base = write_model(work / f"{dtype}-base", size, dtype, 0)
+    models = [write_model(work / f"{dtype}-{n}", size, dtype, n + 1) for n in range(max(arguments.inputs))]
+    rows = []
+    for count in arguments.inputs:
+        chosen, to = models[:count], work / "out"
+        limit = limit_s(chosen, work / "mean.bin", arguments)
+        gigabytes = sum((model / "model.safetensors").stat().st_size for model in chosen) / 1e9
+        label = f"{count} × {dtype}, {gigabytes:.2f} GB"
+        rows.append(f"| {label} | limit: one mean pass, one write | {limit:.2f} | 1.0 | | |")
+        for rule in arguments.rules:
+            recipe = recipe_of(chosen, None if rule == "mean" else base, rule)
+            bare = timed(recipe, to, arguments)
+            whole = timed(recipe, to, arguments, digests=True)
+            peft = _peft(chosen, base, rule) if arguments.peft else None
+            theirs = mergekit_s(arguments.mergekit, chosen, base, rule, to) if arguments.mergekit else None
+            ratios = f"{_times(peft, bare)} | {_times(theirs, bare)}"
+            rows.append(f"| {label} | {rule} | {bare:.2f} | {bare / limit:.1f} | {ratios} |")
+            rows.append(f"| {label} | {rule}, inputs hashed | {whole:.2f} | {whole / limit:.1f} | | |")
+    for path in (base, *models):
+        shutil.rmtree(path)
+    return rows
+
+
+def _peft(models: Sequence[Path], base: Path, rule: str) -> float | None:
+    return median_s(lambda: peft_rule(models, base, rule), 1) if rule in ("ties", "dare_ties") else None
+
+
+def _times(theirs: float | None, ours: float) -> str:
+    return "" if theirs is None else f"{theirs:.1f} s, {theirs / ours:.0f} ×"
+
+
+def thread_rows(arguments: argparse.Namespace, work: Path) -> list[str]:
+    size = size_of(arguments.scale)
+    base = write_model(work / "base", size, "fp32", 0)
+    models = [write_model(work / f"m{n}", size, "fp32", n + 1) for n in range(min(arguments.inputs))]
+    rows = []
+    for rule in arguments.rules:
+        recipe = recipe_of(models, None if rule == "mean" else base, rule)
+        times = [
+            median_s(
+                lambda n=n, recipe=recipe: weft(recipe, work / "out", n, digests=False), arguments.repeats
+            )
+            for n in range(1, arguments.threads + 1)
+        ]
+        rows.append(f"| {rule} | " + " | ".join(f"{seconds:.2f}" for seconds in times) + " |")
+    program = [Path(sys.executable).with_name("weft"), "merge", *models, "--to", work / "out"]
+    rows.append(
+        f"| the command, mean | {command_s(program, work / 'out'):.2f} |" + " |" * (arguments.threads - 1)
+    )
+    for path in (base, *models):
+        shutil.rmtree(path)
+    return rows
+
+
+def memory_rows(arguments: argparse.Namespace, work: Path) -> list[str]:
+    size = size_of(arguments.scale)
+    tiny = [write_model(work / f"t{n}", Size(2, 40, 64, 100), "fp32", n) for n in range(3)]
+    base, model = (write_model(work / name, size, "fp32", seed) for seed, name in enumerate(("mb", "mm")))
+    links = []
+    for number in range(32):  # one file under many names: the merge does not know
+        link = work / f"l{number}"
+        link.symlink_to(model)
+        links.append(link)
+    rows = []
+    for rule in arguments.rules:
+        peaks = [
+            peak_mib(rule, links[:count], base, tiny, work / "out", arguments.threads) for count in (2, 8, 32)
+        ]
+        rows.append(f"| {rule} | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
+    return rows
+
+
+def adapter_rows(arguments: argparse.Namespace, work: Path) -> list[str]:
+    size, rows = size_of(arguments.scale), []
+    adapters = [write_adapter(work / f"a{n}", size, 16, n) for n in range(16)]
+    for count in (4, 16):
+        chosen = adapters[:count]
+        cases: list[tuple[str, str, LoraMode, str]] = [
+            ("mean, A and B apart", "mean", LoraMode.FACTORS, ""),
+            ("ties, A and B apart", "ties", LoraMode.FACTORS, "ties"),
+            ("mean, stacked", "mean", LoraMode.STACK, "cat"),
+            ("mean, exact ΔW", "mean", LoraMode.EXACT, "svd"),
+            ("ties on ΔW", "ties", LoraMode.DENSE, "ties_svd"),
+        ]
+        theirs = peft_adapters(chosen, size, [case[3] for case in cases if case[3]]) if arguments.peft else {}
+        for label, rule, mode, name in cases:
+            recipe = recipe_of(chosen, None, rule, mode)
+            ours = timed(recipe, work / "out", arguments)
+            beside = f"{name}: {theirs[name]:.2f} s, {theirs[name] / ours:.1f} ×" if name in theirs else ""
+            rows.append(f"| {count} | {label} | {ours:.2f} | {beside} |")
+    return rows
+
+
+def peft_adapters(adapters: Sequence[Path], size: Size, kinds: Sequence[str]) -> dict[str, float]:
+    """Seconds of ``add_weighted_adapter`` of each kind; loading the base and the adapters is not counted."""
+    from peft import PeftModel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in size.config.items() if k != "architectures"}))
+    loaded = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
+    for number, path in enumerate(adapters[1:], 1):
+        loaded.load_adapter(path, adapter_name=str(number))
+    names = [str(number) for number in range(len(adapters))]
+    seconds = {}
+    for kind in kinds:
+        options = {"density": 0.2} if "ties" in kind else {}
+        begin = time.perf_counter()
+        loaded.add_weighted_adapter(
+            names, [1.0] * len(names), f"merged-{kind}", combination_type=kind, svd_rank=16, **options
+        )
+        seconds[kind] = time.perf_counter() - begin
+        loaded.delete_adapter(f"merged-{kind}")
+    return seconds
+
+
+def report(arguments: argparse.Namespace, work: Path) -> str:
+    load_before, size = os.getloadavg()[0], size_of(arguments.scale)
+    millions = sum(int(np.prod(shape)) for shape in size.shapes.values()) / 1e6
+    adapters = adapter_rows(arguments, work / "adapters")
+    checkpoints = [row for dtype in arguments.dtypes for row in checkpoint_rows(arguments, work, dtype)]
+    threads = "".join(f" {n} |" for n in range(1, arguments.threads + 1))
+    lines = [
+        "# Offline merging",
+        "",
+        f"{setting(PACKAGES, load_before=load_before)} · {arguments.threads} threads",
+        "",
+        f"Checkpoints of {millions:.0f} million parameters, density 0.2. peft and mergekit beside the unhashed merge.",
+        "",
+        "| inputs | how | s | × limit | peft | mergekit |",
+        "|---|---|---|---|---|---|",
+        *checkpoints,
+        "",
+        f"Rank-16 adapters of {7 * size.blocks} layers; peft's `add_weighted_adapter` beside it:",
+        "",
+        "| adapters | how | s | peft |",
+        "|---|---|---|---|",
+        *adapters,
+        "",
+        f"Seconds by threads ({min(arguments.inputs)} × fp32), and the whole command from its start:",
+        "",
+        f"| what |{threads}",
+        "|---|" + "---|" * arguments.threads,
+        *thread_rows(arguments, work),
+        "",
+        "Peak growth of anonymous memory, MiB (the same file under many names):",
+        "",
+        "| rule | 2 inputs | 8 inputs | 32 inputs |",
+        "|---|---|---|---|",
+        *memory_rows(arguments, work),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--scale", type=int, default=8, help="1 is 134 million parameters, 8 an eighth of it")
+    parser.add_argument("--inputs", type=int, nargs="+", default=[4])
+    parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=["fp32", "bf16"])
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=merging.num_threads())
+    parser.add_argument("--mergekit", type=Path, help="an interpreter that has mergekit")
+    parser.add_argument("--no-peft", dest="peft", action="store_false")
+    parser.add_argument("--directory", type=Path, help="where to work; the best is a file system in memory")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/merge.md")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
+        work = Path(directory)
+        (work / "adapters").mkdir()
+        text = report(arguments, work)
+    sys.stdout.write(text)
+    if arguments.write:
+        (Path(__file__).parent / "results" / "merge.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
