@@ -121,7 +121,3 @@ def _usage_error(error: click.ClickException) -> UsageError:
 
 if __name__ == "__main__":
     sys.exit(main())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

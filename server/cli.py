@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 
 from weft.common.errors import UsageError
-from weft.server.offline.command import register as register_merge
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -24,7 +23,6 @@ def register(app: typer.Typer) -> None:
     app.command("init")(init)
     app.command("serve")(serve)
     app.command("verify")(verify)
-    register_merge(app)
 
 
 def init(

@@ -10,7 +10,7 @@ import logging
 from dataclasses import dataclass
 
 from weft.common.blobs import digest_of
-from weft.common.codec import screen_update
+from weft.common.codec import screen_update, seed_of
 from weft.common.errors import ForgedUpdate, InputError, UpdateRejected, UsageError
 from weft.common.ids import Digest, ModuleKey, WorkerId
 from weft.common.manifest import Signed, parse_json
@@ -130,6 +130,7 @@ class Intake:
             run.codecs,
             wants_fisher=run.recipe.fisher.num_examples > 0,
             size_bytes_max=run.update_bytes_max(module),
+            round_seed=seed_of(lease.run, update.module, dict(lease.rounds)[module]),
         ).norm
 
     def _is_copy(self, caller: Caller, run: Run, blob: Digest) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from weft.common.blobs import FILES, BlobStore, Files, manifest_of
-from weft.common.codec import UpdateFile, encode_update
+from weft.common.codec import UpdateFile, encode_update, seed_of
 from weft.common.errors import WeftError
 from weft.common.identity.authority import CoordinatorIdentity
 from weft.common.identity.session import SESSION_TYPE, session_statement
@@ -446,7 +446,8 @@ class Worker:
                 path = self.site.directory / "out" / f"{self.name}-{task.task_id}-{start.module}{salt}"
                 seed = f"{self.name}/{task.run_id}/{task.path}/{start.module}/{start.version}{salt}"
                 codec = self.site.coordinator.runs[task.run_id].recipe.codec
-                encode_update(path, SCHEMA, deltas(seed), codec)
+                round_seed = seed_of(task.run_id, start.module, start.round_number)
+                encode_update(path, SCHEMA, deltas(seed), codec, round_seed=round_seed)
                 paths[start.module] = path
         return paths
 

@@ -9,8 +9,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path as FilePath
 
-from blake3 import blake3
-
 from weft.client.kept import Ahead, PathState, Sent
 from weft.client.loop import Event, TooMuch
 from weft.client.tasks.inhand import Halted, TaskInHand
@@ -21,7 +19,7 @@ from weft.client.trainer.training import StepReport, Trainer, TrainResult
 from weft.client.uplink import choose_codec
 from weft.client.workshop import Workshop
 from weft.common.blobs import storage_errors
-from weft.common.codec import encode_update
+from weft.common.codec import encode_update, seed_of
 from weft.common.errors import OutOfMemory, UpdateRejected
 from weft.common.identity.files import private_directory
 from weft.common.ids import ModuleKey, Path
@@ -190,8 +188,10 @@ class TrainingSteps(Steps):
             corrected,
             codec,
             fisher=fisher,
-            round_seed=_seed(task.run_id, key, self._starts[key].round_number),
-            worker_seed=_seed(task.run_id, key, task.task_id, task.lease_epoch, self.shop.me.worker_id),
+            round_seed=seed_of(task.run_id, str(key), self._starts[key].round_number),
+            worker_seed=seed_of(
+                task.run_id, str(key), task.task_id, task.lease_epoch, self.shop.me.worker_id
+            ),
         )
         if encoded.size_bytes > task.update_bytes_max:
             path.unlink()
@@ -311,8 +311,3 @@ class TrainingSteps(Steps):
 def loss_summary(losses: Sequence[float]) -> tuple[float, float]:
     """Mean of the first tenth and of the second half of a task's losses, nats."""
     return statistics.fmean(losses[: max(1, len(losses) // 10)]), statistics.fmean(losses[len(losses) // 2 :])
-
-
-def _seed(*facts: object) -> int:
-    digest = blake3("\n".join(map(str, ("weft update seed 1", *facts))).encode()).digest(8)
-    return int.from_bytes(digest, "little")

@@ -24,6 +24,7 @@ from tests.harness import (
     bare,
     base_pin,
     chunks_of,
+    deltas,
     fake_job,
     memory_directory,
     prepare,
@@ -490,6 +491,18 @@ def test_three_bad_updates_and_a_worker_gets_no_more_tasks(open_site: Callable[.
     note = next(worker.note for worker in status.workers if worker.worker_id == a.worker_id)
     assert "3 updates refused" in note
     b.work()
+
+
+def test_a_mask_must_come_from_the_seed_of_the_round(open_site: Callable[..., Site]) -> None:
+    """Chosen positions would let a worker send what it likes of its movement, and skip the rest."""
+    site = open_site(run_file('[codec]\nkind = "shared-mask"\ndensity = 0.5'))
+    (a,) = site.workers("a")
+    task = a.task()
+    chosen = site.directory / "out" / "chosen"
+    encode_update(chosen, SCHEMA, deltas("a"), site.run.recipe.codec, round_seed=7)
+    with pytest.raises(UpdateRejected, match="codec"):
+        a.submit(task, a.statement(task, {"0.0": a.upload(task, chosen)}))
+    a.work(task)
 
 
 def test_an_update_that_was_never_uploaded_is_refused(open_site: Callable[..., Site]) -> None:
@@ -1064,8 +1077,6 @@ def test_gate_result_without_numbers_is_no_measurement() -> None:
 
 def test_encoding_is_real(tmp_path: Path) -> None:
     """The harness's updates pass the same gate as any worker's."""
-    from tests.harness import deltas
-
     from weft.common.codec import CodecKind, CodecSettings, screen_update
 
     path = tmp_path / "u"
