@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ from weft.common.identity.files import private_directory, write_private
 from weft.common.identity.signing import SigningKey
 from weft.common.modules import Kind
 from weft.common.protocol import Role
-from weft.common.recipe import BasePin
+from weft.common.recipe import BasePin, RoutingMode
 from weft.common.settings import to_table
 from weft.common.wire import is_loopback
 from weft.server.backend import Caller
@@ -316,7 +316,14 @@ def _announce(
         done = min(rounds[-1].number - 1 for rounds in run.rounds.values())
         say(f"run {name}: {len(run.rounds)} module(s), {done} of {run.run_file.rounds.count} rounds done")
     say("join a worker (token valid 24 h, 16 uses):")
-    say(f"  weft join {address} {token} --data PATH{' --insecure' if options.insecure else ''}")
+    modes = {run.recipe.routing.mode for run in coordinator.runs.values()}
+    say(f"  weft join {address} {token}{join_flags(modes, insecure=options.insecure)}")
+
+
+def join_flags(modes: Set[RoutingMode], *, insecure: bool) -> str:
+    """What ``weft join`` needs beside address and token: the operator's documents come with the tasks."""
+    data = "" if modes == {RoutingMode.GIVEN} else " --data PATH"
+    return data + (" --insecure" if insecure else "")
 
 
 @contextlib.contextmanager

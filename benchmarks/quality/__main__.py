@@ -26,24 +26,6 @@ from benchmarks.quality.checks import SHORT_CHECKS, Results, measure
 from benchmarks.quality.codecs import CODEC_ARMS
 
 CACHE = Path("build/quality")
-FEW_SEEDS = 3
-"""Of arms that are expensive, or whose effect is large."""
-USUAL = frozenset(
-    {
-        "dense",
-        "diloco",
-        "given",
-        "kmeans",
-        "product",
-        "discriminative",
-        "random",
-        "flat",
-        "averaging",
-        "dropped",
-    }
-    | {"shard-none", "shard-rda", "equal-sqrt_paths"}
-)
-"""Arms that are run with all seeds."""
 
 
 def jobs(*, seeds: int, lora_seeds: int, codec_seeds: int) -> Iterator[Job]:
@@ -51,8 +33,7 @@ def jobs(*, seeds: int, lora_seeds: int, codec_seeds: int) -> Iterator[Job]:
     for seed in range(max(seeds, lora_seeds, codec_seeds)):
         named: dict[str, Arm] = {}
         if seed < seeds:
-            full = {**FULL, **ABLATION}
-            named |= full if seed < FEW_SEEDS else {name: full[name] for name in full if name in USUAL}
+            named |= {**FULL, **ABLATION}
         if seed < codec_seeds:
             named |= CODEC_ARMS
         if seed < lora_seeds:
@@ -102,8 +83,8 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="the largest effects only")
     parser.add_argument("--write", action="store_true", help="replace docs/results/dipaco.md")
     parser.add_argument("--seeds", type=int, default=5, help="of kind full (default: 5)")
-    parser.add_argument("--lora-seeds", type=int, default=3, help="of kind lora (default: 3)")
-    parser.add_argument("--codec-seeds", type=int, default=2, help="of the table of codecs (default: 2)")
+    parser.add_argument("--lora-seeds", type=int, default=5, help="of kind lora (default: 5)")
+    parser.add_argument("--codec-seeds", type=int, default=3, help="of the table of codecs (default: 3)")
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, help="arms at once (default: all cores)"
     )

@@ -15,7 +15,7 @@ from benchmarks.quality.corpus import CorpusSettings
 from weft.common.codec import CodecSettings
 from weft.common.modules import Kind, LoraSettings, Topology
 from weft.common.recipe import InnerSettings, Schedule
-from weft.server.merge.settings import Clip, MergeSettings, Rescale, Weights
+from weft.server.merge.settings import Clip, LoraSpace, MergeSettings, Rescale, Weights
 from weft.server.outer import OuterName, OuterSettings
 
 VERSION: Final = 1
@@ -64,6 +64,8 @@ class Arm:
     """Of the merged movement."""
     weights: Weights = Weights.SHARD
     """What an update counts for."""
+    lora: LoraSpace | None = None
+    """Where LoRA factors are merged; None: as ΔW where the outer optimiser lets it."""
     dropped: float = 0.0
     """Share of updates that are lost."""
     codec: CodecSettings | None = None
@@ -95,7 +97,7 @@ class Arm:
     @property
     def merge(self) -> MergeSettings:
         """Of the run file; without clipping, as in the papers."""
-        return MergeSettings(clip=Clip.NONE, rescale=self.rescale, weights=self.weights)
+        return MergeSettings(clip=Clip.NONE, rescale=self.rescale, weights=self.weights, lora=self.lora)
 
     def digest(self, seed: int) -> str:
         """Names the arm's result: everything that it is a function of, but for Weft's code."""
@@ -158,8 +160,12 @@ LORA_ARMS: Final[Mapping[str, Arm]] = {
     if name
     in {"dense", "diloco", "given", "random", "flat", "averaging", "dropped", "product"}
     | {"shard-none", "shard-rda", "equal-sqrt_paths"}
+} | {
+    "lora-factors": with_lora(dataclasses.replace(FULL["averaging"], lora=LoraSpace.FACTORS)),
+    "lora-averaging-dropped": with_lora(dataclasses.replace(FULL["averaging"], dropped=0.5)),
+    "lora-averaging-diloco": with_lora(dataclasses.replace(DILOCO, outer=SGD)),
 }
-"""Kind lora."""
+"""Kind lora. What is to be told apart: the outer optimiser, and where factors are merged."""
 
 SHORT: Final[Mapping[str, Arm]] = {
     name: FULL[name] for name in ("dense", "given", "random", "one-domain-dense", "one-domain-grid")

@@ -207,7 +207,14 @@ LORA_CHECKS: Final = (
     _compare("L4a", "given domains beat product k-means", NEW, "lora-given", "lora-product"),
     _compare("L4c", "product k-means beats random routing", NEW, "lora-product", "lora-random"),
     _compare("L5", "Nesterov 0.7/0.9 beats averaging (ΔW merged exactly)", NEW, "lora-shard-none", "lora-averaging"),
-    _compare("L9", "half of the updates lost: within 5 %", NEW, "lora-dropped", "lora-given", Expected.SMALL),
+    _compare("L5b", "averages of ΔW beat averages of factors", NEW, "lora-averaging", "lora-factors"),
+    _compare("L6", "averaging: 4×4 (given) beats dense", NEW, "lora-averaging", "lora-dense"),
+    _compare("L7", "averaging: 4×4 (given) beats DiLoCo of 16", NEW, "lora-averaging", "lora-averaging-diloco"),
+    _compare("L9a", "half of the updates lost: within 5 %", NEW, "lora-dropped", "lora-given", Expected.SMALL),
+    _compare(
+        "L9b", "averaging, half of the updates lost: within 5 %", NEW,
+        "lora-averaging-dropped", "lora-averaging", Expected.SMALL,
+    ),
     *_ablation("lora-"),
 )  # fmt: skip
 """Kind lora; nobody has published these."""

@@ -22,6 +22,7 @@ from weft.client.data import TokenDataset
 from weft.client.trainer.optimiser import OptimiserState
 from weft.client.trainer.training import Trainer
 from weft.common.codec.feedback import ErrorFeedback
+from weft.common.codec.section import seed_of
 from weft.common.codec.update import UpdateFile, encode_update
 from weft.common.composition import ResidentBase, describe
 from weft.common.evaluation import Evaluation, evaluate
@@ -196,7 +197,15 @@ class Grid:
         corrected = feedback.apply(delta) if codec.keeps_residual else dict(delta)
         with tempfile.TemporaryDirectory() as folder:
             file = FilePath(folder) / "update"
-            self.bytes_sent += encode_update(file, schema, corrected, codec).size_bytes
+            encoded = encode_update(
+                file,
+                schema,
+                corrected,
+                codec,
+                round_seed=seed_of("quality", str(key), self.rounds_done),
+                worker_seed=seed_of("quality", str(key), self.rounds_done, worker.shard.worker),
+            )
+            self.bytes_sent += encoded.size_bytes
             if codec.keeps_residual:
                 feedback.keep(corrected, file)
             arrived = {spec.name: np.zeros(spec.shape, np.float32) for spec in schema.tensors}

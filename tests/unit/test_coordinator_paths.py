@@ -22,7 +22,9 @@ from weft.common.errors import (
 )
 from weft.common.ids import ModuleKey, Path
 from weft.common.protocol import Limit, Purpose, Role, RoundState, Task
+from weft.common.recipe import RoutingMode
 from weft.common.statements import Holding
+from weft.server.app import join_flags
 from weft.server.backend import Caller
 
 ONE = "count = 2\nquorum = 1\ntarget = 1"
@@ -390,3 +392,16 @@ def test_a_module_whose_merges_all_fail_stays_and_the_rest_goes_on(directory: Fi
     versions = {str(key): site.run.newest(key).version for key in site.run.rounds}
     assert versions == {"0.0": 2, "0.1": 0, "1.0": 2, "1.1": 2}
     assert worker.poll().finished
+
+
+@pytest.mark.parametrize(
+    ("modes", "flags"),
+    [
+        ({RoutingMode.NONE}, " --data PATH"),
+        ({RoutingMode.GIVEN}, ""),
+        ({RoutingMode.GIVEN, RoutingMode.LOCAL}, " --data PATH"),
+    ],
+)
+def test_the_join_line_asks_for_data_that_somebody_trains_on(modes: set[RoutingMode], flags: str) -> None:
+    assert join_flags(modes, insecure=False) == flags
+    assert join_flags(modes, insecure=True) == f"{flags} --insecure"
