@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check protos wheel bench crash quality-dipaco quality-dipaco-short quality-text
+.PHONY: help setup demo test check protos deploy-check wheel bench crash quality-dipaco quality-dipaco-short quality-text
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ demo: setup ## serve, join three workers, merge, judge, pull: on this machine al
 test: setup ## all tests but the long campaigns
 	$(BIN)/python -m pytest -q -m "not slow"
 
-check: setup protos-check ## lint, types, layers, protos, wheel
+check: setup protos-check deploy-check ## lint, types, layers, protos, deployments, wheel
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=.links $(BIN)/lint-imports
@@ -36,6 +36,13 @@ protos: .venv-protos/installed ## write the gRPC stubs
 
 protos-check: .venv-protos/installed
 	PATH=.venv-protos/bin:$$PATH .venv-protos/bin/python protos/generate.py --check
+
+.venv-deploy/installed: tests/deploy/requirements.txt
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/pip install --quiet --no-deps --requirement tests/deploy/requirements.txt && touch $@
+
+deploy-check: .venv-deploy/installed ## render and check manifests, chart and Compose files
+	.venv-deploy/bin/python tests/deploy/check_deploy.py
 
 wheel: setup ## build the wheel, install it outside the checkout and run its demo
 	$(BIN)/python tests/wheel/check_wheel.py

@@ -25,7 +25,7 @@ from blake3 import blake3
 
 from weft.client.data import sequences_of
 from weft.common.blobs import storage_errors
-from weft.common.documents import is_heldout, read_rows
+from weft.common.documents import files_below, is_heldout, read_rows
 from weft.common.errors import DataError, TensorFileError
 from weft.common.identity.files import private_directory
 from weft.common.ids import Digest, Path
@@ -211,7 +211,7 @@ def _num_sequences(size: int, recipe: Recipe) -> int:
 
 def _fingerprint(data: FilePath) -> Digest:
     """Changes when files come, go or are written to."""
-    files = [data] if data.is_file() else sorted(path for path in data.rglob("*") if path.is_file())
+    files = [data] if data.is_file() else files_below(data)
     facts = [[str(file), *_facts(file.stat())] for file in files]
     return Digest(blake3(canonical_json(facts).encode()).hexdigest())
 

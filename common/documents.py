@@ -52,8 +52,19 @@ def is_heldout(row: Row, share: float, *, purpose: str = "validation") -> bool:
     return int.from_bytes(digest, "little") < share * 2**64
 
 
+def files_below(directory: Path) -> list[Path]:
+    """Files of a directory in the order of their names, without hidden ones.
+
+    A mounted volume may hold each file twice, as itself and in a hidden directory that it is linked to.
+    """
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    )
+
+
 def _read_directory(directory: Path) -> Iterator[Row]:
-    files = sorted(path for path in directory.rglob("*") if path.suffix in READERS and path.is_file())
+    files = [path for path in files_below(directory) if path.suffix in READERS]
     if not files:
         raise DataError(
             f"{directory} holds none of {', '.join(READERS)}", hint="give a directory with data in it"

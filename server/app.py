@@ -82,6 +82,8 @@ class ServeOptions:
     """None turns them off; 0 takes a free one."""
     insecure: bool = False
     """No TLS; loopback only."""
+    prints_token: bool = True
+    """Whether a fresh join line is printed; not where the output is kept for many to read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +302,17 @@ def _announce(
     address: str,
     say: Callable[[str], None],
 ) -> None:
+    tls = "no TLS, loopback only" if options.insecure else f"TLS, CA sha256 {identity.pin.hex()[:16]}…"
+    say(f"listening on {options.host}:{address.rsplit(':', 1)[1]} · {tls} · state {options.state} (0700)")
+    for name, run in sorted(coordinator.runs.items()):
+        done = min(rounds[-1].number - 1 for rounds in run.rounds.values())
+        say(f"run {name}: {len(run.rounds)} module(s), {done} of {run.run_file.rounds.count} rounds done")
+    modes = {run.recipe.routing.mode for run in coordinator.runs.values()}
+    flags = join_flags(modes, insecure=options.insecure)
+    if not options.prints_token:
+        say("join a worker (weft token create prints a token):")
+        say(f"  weft join {address} TOKEN{flags}")
+        return
     token = coordinator.create_token(
         _OPERATOR,
         request_id=f"serve-{os.getpid()}",
@@ -310,14 +323,8 @@ def _announce(
         runs=(),
         label="printed by weft serve",
     )
-    tls = "no TLS, loopback only" if options.insecure else f"TLS, CA sha256 {identity.pin.hex()[:16]}…"
-    say(f"listening on {options.host}:{address.rsplit(':', 1)[1]} · {tls} · state {options.state} (0700)")
-    for name, run in sorted(coordinator.runs.items()):
-        done = min(rounds[-1].number - 1 for rounds in run.rounds.values())
-        say(f"run {name}: {len(run.rounds)} module(s), {done} of {run.run_file.rounds.count} rounds done")
     say("join a worker (token valid 24 h, 16 uses):")
-    modes = {run.recipe.routing.mode for run in coordinator.runs.values()}
-    say(f"  weft join {address} {token}{join_flags(modes, insecure=options.insecure)}")
+    say(f"  weft join {address} {token}{flags}")
 
 
 def join_flags(modes: Set[RoutingMode], *, insecure: bool) -> str:

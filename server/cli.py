@@ -63,6 +63,9 @@ def serve(
         str, typer.Option(help="HOST:PORT for /metrics and /healthz, or off.")
     ] = "127.0.0.1:7444",
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; loopback only.")] = False,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Print no join line: where logs are kept for many to read.")
+    ] = False,
 ) -> None:
     """Start a coordinator for one or several runs, or resume it.
 
@@ -90,6 +93,7 @@ def serve(
         http_host=http_host,
         http_port=http_port,
         insecure=insecure,
+        prints_token=not no_token,
     )
     check_insecure(options)
     loaded = [load_run_file(path) for path in run_files or []]

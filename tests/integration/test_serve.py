@@ -63,8 +63,9 @@ def test_a_killed_coordinator_goes_on_where_it_was(
         eventually(lambda: quick.view.has("; waits"))
         assert not slow.gone
         slow.view.may_train.set()
-        second = serve("second", "--listen", address, "--http", "off")
+        second = serve("second", "--listen", address, "--http", "off", "--no-token")
         assert "1 module(s), 0 of 1 rounds done" in second.says("run one")
+        assert second.says("weft join").split()[2:4] == [address, "TOKEN"]
         assert [hand.ended().num_accepted for hand in (quick, slow)] == [1, 1]
     assert main(["watch", "--until-finished"]) == 0
     assert main(["verify", "one@1", *state, "--json"]) == 0

@@ -63,6 +63,14 @@ def test_a_directory_of_texts_is_read_in_the_order_of_names(tmp_path: Path) -> N
     assert [row.columns["text"] for row in read_rows(tmp_path)] == ["first", "second", "third"]
 
 
+def test_a_mounted_volume_gives_each_file_once(tmp_path: Path) -> None:
+    """As Kubernetes mounts them: links to files in a hidden directory."""
+    (tmp_path / "..2026_11_21").mkdir()
+    (tmp_path / "..2026_11_21" / "a.txt").write_text("first")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "..2026_11_21" / "a.txt")
+    assert [row.columns["text"] for row in read_rows(tmp_path)] == ["first"]
+
+
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     import datasets
     import pyarrow

@@ -111,10 +111,14 @@ def test_torch_of_the_lock_is_found_by_the_line_that_installs_it() -> None:
     assert len(pinned) == 1
 
 
+@pytest.mark.parametrize("target", ["coordinator", "worker", "flower"])
+def test_an_image_runs_as_a_user_without_rights(target: str) -> None:
+    assert inherited(stages()[target], "USER") == "weft"
+
+
 @pytest.mark.parametrize("target", ["coordinator", "worker"])
-def test_an_image_runs_a_real_command_as_a_user_without_rights(target: str) -> None:
+def test_an_image_runs_a_real_command(target: str) -> None:
     stage = stages()[target]
-    assert inherited(stage, "USER") == "weft"
     command = [*json.loads(inherited(stage, "ENTRYPOINT")), *json.loads(inherited(stage, "CMD"))]
     assert command[0] == "weft"
     check_line(command[1:])
@@ -139,6 +143,18 @@ def test_compose_starts_real_commands_with_all_that_they_name() -> None:
         for volume in service["volumes"]:
             source = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
             assert source.startswith((".", "/")) or source in compose["volumes"], f"{name}: {source}"
+
+
+def test_compose_with_gpus_gives_one_to_each_worker() -> None:
+    yaml = pytest.importorskip("yaml")
+    over = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())["services"]
+    workers = {
+        name for name, service in _compose()["services"].items() if service["build"]["target"] == "worker"
+    }
+    assert over.keys() == workers
+    for service in over.values():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
 
 
 def test_compose_serves_an_example_and_two_workers() -> None:
