@@ -50,7 +50,13 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "U8": np.dtype("<u1"),
     "BOOL": np.dtype("?"),
 }
-"""Dtypes that are read, by their safetensors name, and how numpy holds them."""
+"""Dtypes that are exchanged, by their safetensors name, and how numpy holds them."""
+FOREIGN_DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
+    **DTYPES,
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+}
+"""Those, and what others store; eight-bit floats are held as their bits."""
 
 SLICE_BYTES: Final = 8 << 20
 """How much of a tensor is looked at in one go."""
@@ -70,13 +76,17 @@ class HeaderRules:
     """Longest JSON header."""
     metadata_bytes_max: int
     """Longest metadata, as JSON."""
+    dtypes: Mapping[str, np.dtype[Any]]
+    """What tensors may hold."""
     canonical: bool
     """The header must be, byte for byte, what ``write_tensors`` would have written."""
 
 
-STRICT: Final = HeaderRules(header_bytes_max=1 << 20, metadata_bytes_max=4096, canonical=True)
+STRICT: Final = HeaderRules(header_bytes_max=1 << 20, metadata_bytes_max=4096, dtypes=DTYPES, canonical=True)
 """For what workers and coordinators exchange."""
-FOREIGN: Final = HeaderRules(header_bytes_max=16 << 20, metadata_bytes_max=1 << 20, canonical=False)
+FOREIGN: Final = HeaderRules(
+    header_bytes_max=16 << 20, metadata_bytes_max=1 << 20, dtypes=FOREIGN_DTYPES, canonical=False
+)
 """For files that other programs wrote."""
 
 
@@ -136,7 +146,7 @@ def parse_header(text: bytes, data_bytes: int, rules: HeaderRules = STRICT) -> H
         raise TensorFileError("the header is not a JSON object")
     metadata = _parse_metadata(fields.pop(_METADATA, {}), rules)
     entries = sorted(
-        (_parse_entry(name, value) for name, value in fields.items()), key=lambda e: (e.start, e.stop)
+        (_parse_entry(name, value, rules) for name, value in fields.items()), key=lambda e: (e.start, e.stop)
     )
     _check_contiguous(entries, data_bytes)
     if rules.canonical and render_header((entry.spec for entry in entries), metadata) != text:
@@ -199,7 +209,7 @@ class TensorFile:
         if self._data is None:
             raise ValueError("the tensor file is closed")
         entry = self.header.entries[name]
-        return self._data[entry.start : entry.stop].view(DTYPES[entry.spec.dtype])
+        return self._data[entry.start : entry.stop].view(FOREIGN_DTYPES[entry.spec.dtype])
 
 
 def to_float32(values: npt.NDArray[Any], dtype: str) -> Float32Array:
@@ -211,6 +221,30 @@ def to_float32(values: npt.NDArray[Any], dtype: str) -> Float32Array:
     if dtype == "F16":
         return values.astype(np.float32)
     raise ValueError(f"{dtype} is not held as float32")
+
+
+def float8_to_float32(bits: Uint8Array, dtype: str) -> Float32Array:
+    """Widen ``F8_E4M3`` or ``F8_E5M2`` bits to float32 of the same shape, exactly (arXiv 2209.05433)."""
+    return _FLOAT8[dtype][bits]
+
+
+def _e4m3() -> Float32Array:
+    """Every value by its bits: four bits of exponent, no infinity, one NaN of either sign."""
+    bits = np.arange(256)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    subnormal = exponent == 0
+    sizes = np.ldexp(np.where(subnormal, mantissa, 8 + mantissa), np.where(subnormal, 1, exponent) - 10)
+    sizes[bits & 127 == 127] = np.nan
+    values: Float32Array = np.where(bits < 128, sizes, -sizes).astype(np.float32)
+    return values
+
+
+def _e5m2() -> Float32Array:
+    """Every value by its bits, which are the upper half of a float16."""
+    return (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
+
+
+_FLOAT8: Final = {"F8_E4M3": _e4m3(), "F8_E5M2": _e5m2()}
 
 
 def float32_to_bf16(values: Float32Array) -> Uint16Array:
@@ -375,15 +409,15 @@ def _parse_metadata(value: Any, rules: HeaderRules) -> dict[str, str]:
     return value
 
 
-def _parse_entry(name: str, value: Any) -> Entry:
+def _parse_entry(name: str, value: Any, rules: HeaderRules) -> Entry:
     if not (name.isascii() and name.isprintable() and 1 <= len(name) <= _NAME_LENGTH_MAX):
         raise TensorFileError(f"a tensor's name is not 1 to {_NAME_LENGTH_MAX} printable ASCII characters")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise TensorFileError(f"{name} is not described by dtype, shape and data_offsets")
     shape, offsets, dtype = value["shape"], value["data_offsets"], value["dtype"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in rules.dtypes:
         raise TensorFileError(
-            f"{name} has a dtype that is not read here", hint=f"use one of {', '.join(DTYPES)}"
+            f"{name} has a dtype that is not read here", hint=f"use one of {', '.join(rules.dtypes)}"
         )
     if not _are_sizes(shape) or len(shape) > _NUM_DIMENSIONS_MAX:
         raise TensorFileError(f"{name} has no valid shape")
@@ -403,7 +437,7 @@ def _check_contiguous(entries: list[Entry], data_bytes: int) -> None:
     for entry in entries:
         if entry.start != offset:
             raise TensorFileError(f"{entry.spec.name} does not begin where the tensor before it ends")
-        offset += math.prod(entry.spec.shape) * DTYPES[entry.spec.dtype].itemsize
+        offset += math.prod(entry.spec.shape) * FOREIGN_DTYPES[entry.spec.dtype].itemsize
         if entry.stop != offset:
             raise TensorFileError(f"{entry.spec.name} does not have the size of its shape")
     if offset != data_bytes:

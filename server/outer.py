@@ -278,9 +278,14 @@ def outer_schema(schema: Schema, settings: OuterSettings) -> Schema:
     """
     if not settings.num_slots:
         raise ValueError(f"outer optimiser {settings.name} keeps no state")
+    return slots_schema(schema, settings.num_slots)
+
+
+def slots_schema(schema: Schema, num_slots: int) -> Schema:
+    """Schema of a state of so many slots over a module, with the number of rounds so far."""
     slots = [
         TensorSpec(slot_name(slot, spec.name), "F32", spec.shape)
-        for slot in range(settings.num_slots)
+        for slot in range(num_slots)
         for spec in schema.tensors
     ]
     return Schema(tuple(sorted([*slots, TensorSpec(STEP, "F32", (1,))])))

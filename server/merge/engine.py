@@ -2,7 +2,8 @@
 
 A coordinate-wise rule needs O(W × tile) memory a thread, and tiles are the shorter the more updates there
 are: memory does not grow with their number. While trim thresholds are found, a thread holds one tensor of one
-update; ``lora = "exact"`` holds one layer's factors of all workers.
+update; ``lora = "exact"`` holds one layer's factors of all workers. Rules of a wider scope (``whole``) hold a few
+float64 copies of one tensor, KnOTS one of every update, and of LoRA (W + 1) r rows of it.
 
 Legend: W = updates, T = elements of a tile, S = slots of the outer optimiser.
 """
@@ -27,10 +28,11 @@ from weft.common.errors import EngineFailed
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge import lora, nested, rescale
 from weft.server.merge.movements import Contributor, Movements
-from weft.server.merge.rule import Merged, MergeRule
-from weft.server.merge.rules import RULES, lora_space
+from weft.server.merge.rule import Merged, MergeRule, Scope
+from weft.server.merge.rules import RULES
 from weft.server.merge.selection import BLOCK_ELEMENTS
 from weft.server.merge.settings import Clip, LoraSpace, MergeSettings, Rescale, RuleParameters
+from weft.server.merge.spaces import lora_space
 from weft.server.merge.statistics import (
     TensorMeasure,
     UpdateMeasure,
@@ -39,7 +41,8 @@ from weft.server.merge.statistics import (
     normalised_weights,
     update_measure,
 )
-from weft.server.merge.tiles import WORKING_ELEMENTS, Float64, Scratch, Sink, Tiles, Update, spans
+from weft.server.merge.tiles import WORKING_ELEMENTS, Float64, InputGrams, Scratch, Sink, Tiles, Update, spans
+from weft.server.merge.whole import Whole
 from weft.server.outer import STEP, OuterSettings, first_slots, outer_step, slot_name
 
 Pair: TypeAlias = tuple[TensorSpec, TensorSpec]
@@ -131,6 +134,8 @@ class _Round:
     """Rounds of the outer optimiser before this one."""
     own: _Own
     """What each thread has for itself."""
+    input_grams: InputGrams | None
+    """For rules that need them."""
 
     @property
     def weights(self) -> Float64:
@@ -207,6 +212,59 @@ class _Round:
             state.after.write(name, start, values_T.astype(np.float32))
         return step_T
 
+    def merge_whole(self, spec: TensorSpec) -> None:
+        """Write the next version of a tensor that the rule has to see whole."""
+
+        def read(place: int) -> torch.Tensor:
+            contributor = self.contributors[place]
+            movement = lora.read_tensor(
+                lambda start, stop: contributor.tile(spec, start, stop, self.own.scratch), spec
+            )
+            return movement.mul_(contributor.clip)
+
+        moved = self._merge_whole(spec.name, spec.shape, read, rank_max=None)
+        values = moved.reshape(-1).numpy()
+        for start, stop in spans(spec.size, BLOCK_ELEMENTS):
+            self.write((spec, start, stop), _Movement(values[start:stop], None))
+
+    def merge_whole_layer(self, pair: Pair) -> lora.Recompressed:
+        """Write the next version of a layer's LoRA factors, for a rule that has to see ΔW."""
+        start, movements = self.layer(pair)
+        changes = lora.Changes.of(start, movements)
+
+        def read(place: int) -> torch.Tensor:
+            return changes.in_basis(place).mul_(self.contributors[place].clip)
+
+        rank = pair[0].shape[0]
+        moved_mi = self._merge_whole(pair[0].name, changes.shape, read, rank_max=rank)
+        shares = [self.outer.rate * each.weight * each.clip for each in self.contributors]
+        done = changes.apply(self.outer.rate * moved_mi, shares)
+        self.write_layer(pair, done.factors)
+        return done
+
+    def _merge_whole(
+        self, name: str, shape: tuple[int, ...], read: Callable[[int], torch.Tensor], *, rank_max: int | None
+    ) -> torch.Tensor:
+        def gram(place: int) -> torch.Tensor | None:
+            return None if self.input_grams is None else self._input_gram(place, name, shape[1])
+
+        whole = Whole(weights=self.weights, shape=shape, read=read, gram=gram, rank_max=rank_max)
+        assert self.rule.whole is not None  # noqa: S101
+        return self.rule.whole(whole, self.parameters)
+
+    def _input_gram(self, place: int, name: str, size: int) -> torch.Tensor | None:
+        assert self.input_grams is not None  # noqa: S101
+        update = self.contributors[place].update
+        gram = self.input_grams(update, name)
+        if gram is None:
+            return None
+        if gram.shape != (size, size) or not np.isfinite(gram).all():
+            raise EngineFailed(
+                f"the Gram of {update.worker_id} for {name} is {list(gram.shape)}, or not finite",
+                hint=f"it has to be {size} × {size}: XᵀX of the layer's inputs, divided by their number",
+            )
+        return torch.from_numpy(gram.astype(np.float64))
+
     def layer(self, pair: Pair) -> tuple[lora.Factors, list[lora.Factors]]:
         """A layer's start and the movement of each update, of its own rank."""
         own = [tuple(each.specs[spec.name] for spec in pair) for each in self.contributors]
@@ -230,14 +288,24 @@ class _Round:
             for share_r, each, factor in zip(shares, self.contributors, factors_W.tolist(), strict=True)
         ]
 
+    def merge_pair(self, pair: Pair, factors_W: Float64) -> lora.Recompressed:
+        """Write the next version of a layer's LoRA factors."""
+        if self.rule.scope is Scope.TILE:
+            return self.merge_layer(pair, factors_W)
+        return self.merge_whole_layer(pair)
+
     def merge_layer(self, pair: Pair, factors_W: Float64) -> lora.Recompressed:
         """Write the next version of a layer's LoRA factors, merged as ΔW."""
         start, movements = self.layer(pair)
         coefficients = self.coefficients(pair, self.outer.rate * factors_W)
         done = lora.merge_pair(start, movements, coefficients)
-        for spec, factor in zip(pair, (done.factors.A_ri, done.factors.B_or), strict=True):
-            self.sink.write(spec.name, 0, factor.reshape(-1).numpy().astype(np.float32))
+        self.write_layer(pair, done.factors)
         return done
+
+    def write_layer(self, pair: Pair, factors: lora.Factors) -> None:
+        """Write a layer's LoRA factors."""
+        for spec, factor in zip(pair, (factors.A_ri, factors.B_or), strict=True):
+            self.sink.write(spec.name, 0, factor.reshape(-1).numpy().astype(np.float32))
 
 
 def merge_module(
@@ -251,6 +319,7 @@ def merge_module(
     outer_state: OuterState | None = None,
     scaling: float = 1.0,
     num_paths: int = 1,
+    input_grams: InputGrams | None = None,
     norms: bool = True,
     tile_elements: int | None = None,
     threads: int = 1,
@@ -268,18 +337,22 @@ def merge_module(
         outer_state: Given exactly when ``outer.num_slots`` is not 0.
         scaling: ΔW = scaling · B A; weighs LoRA layers against others in the norm.
         num_paths: How many different paths the updates are from; for ``rescale = "sqrt_paths"``.
+        input_grams: Second moments of the inputs of each layer; for rules that need them.
         norms: Measure norms for the report even where neither clipping nor rescaling asks for them.
         tile_elements: Length of a tile: speed and memory, not the result. Unset: what the rule runs best with.
         threads: Tiles and layers merged at once: speed and memory, not the result.
         clock: Seconds, for the report.
 
     Raises:
-        EngineFailed: There are no updates, or none has a weight.
+        EngineFailed: There are no updates, none has a weight, or the rule cannot do with what they bring.
         UsageError: The settings cannot be combined (``lora_space``).
         ValueError: An update appears twice, a weight is negative, or ``outer_state`` does not fit ``outer``.
     """
     ordered = _ordered(updates)
-    space = lora_space(settings, outer)
+    space = lora_space(settings, outer) if schema.lora_pairs else None
+    rule = RULES[settings.rule]
+    if rule.needs_grams and input_grams is None:
+        raise EngineFailed(f"rule {rule.name} needs Grams of the inputs of each layer, and there are none")
     _check_state(outer, outer_state)
     measured = norms or settings.clip is not Clip.NONE or settings.rescale is Rescale.RDA
     times, own = [clock()], _Own()
@@ -288,7 +361,7 @@ def merge_module(
             contributors=_contributors(
                 pool, own, ordered, start, schema, settings=settings, scaling=scaling, norms=measured
             ),
-            rule=RULES[settings.rule],
+            rule=rule,
             parameters=settings.parameters,
             start=start,
             sink=sink,
@@ -296,14 +369,18 @@ def merge_module(
             outer_state=outer_state,
             rounds=_rounds(outer_state),
             own=own,
+            input_grams=input_grams if rule.needs_grams else None,
         )
         times.append(clock())
         pairs = _pairs(schema) if space is LoraSpace.EXACT else []
+        whole = _seen_whole(round_, schema, pairs)
         tiles = _tiles(schema, pairs, tile_elements or _tile_elements(round_))
+        tiles = [tile for tile in tiles if tile[0] not in whole]
         factors = _factors(pool, round_, schema, pairs, settings=settings, num_paths=num_paths)
         survey, tiles = _survey(pool, round_, tiles, factors)
         times.append(clock())
-        layers = list(pool.map(lambda pair: round_.merge_layer(pair, factors[pair[0].name]), pairs))
+        layers = list(pool.map(lambda pair: round_.merge_pair(pair, factors[pair[0].name]), pairs))
+        _map(pool, whole, round_.merge_whole, lambda spec: spec.size)
 
         def merge_tile(tile: Tile) -> None:
             round_.write(tile, round_.movement(tile, factors[tile[0].name], survey=survey))
@@ -312,7 +389,54 @@ def merge_module(
         times.append(clock())
     if outer_state is not None:
         outer_state.after.write(STEP, 0, np.array([round_.rounds + 1], np.float32))
-    return _report(round_, space if schema.lora_pairs else None, layers, times, norms=measured)
+    return _report(round_, space, layers, times, norms=measured)
+
+
+def measure_updates(
+    updates: Sequence[Update],
+    start: Tiles,
+    schema: Schema,
+    *,
+    settings: MergeSettings,
+    scaling: float = 1.0,
+    threads: int = 1,
+) -> tuple[tuple[Contributor, ...], tuple[Contribution, ...]]:
+    """What a merge knows of its updates before the rule, sorted as it merges them, and how it reports them.
+
+    The arguments are those of ``merge_module``, which raises the same errors.
+    """
+    with _pool(threads) as pool:
+        contributors = _contributors(
+            pool, _Own(), _ordered(updates), start, schema, settings=settings, scaling=scaling, norms=True
+        )
+    return contributors, tuple(_contribution(each, norms=True, counted=True) for each in contributors)
+
+
+def _seen_whole(round_: _Round, schema: Schema, pairs: Sequence[Pair]) -> list[TensorSpec]:
+    """Tensors that the rule cannot merge tile by tile."""
+    merged_elsewhere = {spec for pair in pairs for spec in pair}
+    found = [
+        spec for spec in schema.tensors if spec not in merged_elsewhere and _is_whole(spec, round_.rule.scope)
+    ]
+    if found:
+        _check_ranks(round_, found)
+    return found
+
+
+def _is_whole(spec: TensorSpec, scope: Scope) -> bool:
+    if scope is Scope.MATRIX:
+        return len(spec.shape) == 2
+    return scope is Scope.TENSOR and spec.size > 1
+
+
+def _check_ranks(round_: _Round, specs: Sequence[TensorSpec]) -> None:
+    """Raise EngineFailed where updates have tensors of different ranks."""
+    shapes = {tuple(each.specs[spec.name].shape for spec in specs) for each in round_.contributors}
+    if len(shapes) > 1:
+        raise EngineFailed(
+            f"updates of different ranks cannot be merged by {round_.rule.name}",
+            hint='set merge.rule = "mean", or give all workers the same rank',
+        )
 
 
 def _check_state(outer: OuterSettings, outer_state: OuterState | None) -> None:
@@ -428,7 +552,9 @@ def _length(tile: Tile) -> int:
 
 def _tile_elements(round_: _Round) -> int:
     if round_.rule.row_by_row:
-        return BLOCK_ELEMENTS
+        # A trim and an election hold several arrays of a tile's length; sparse tiles are short anyway.
+        few_arrays = round_.rule.linear or all(each.update.sparse for each in round_.contributors)
+        return BLOCK_ELEMENTS if few_arrays else BLOCK_ELEMENTS // 2
     return max(1024, WORKING_ELEMENTS // len(round_.contributors))
 
 
@@ -496,12 +622,7 @@ def _factors(
 
 def _grams(pool: Executor, round_: _Round, schema: Schema, pairs: Sequence[Pair]) -> dict[str, Float64]:
     """Inner products of the clipped movements, tensor by tensor, of ΔW for layers merged as such."""
-    schemas = {tuple(each.specs[spec.name].shape for spec in schema.tensors) for each in round_.contributors}
-    if len(schemas) > 1:
-        raise EngineFailed(
-            f"updates of different ranks cannot be merged by {round_.rule.name}",
-            hint='set merge.rule = "mean", or give all workers the same rank',
-        )
+    _check_ranks(round_, schema.tensors)
     clips_W = np.array([each.clip for each in round_.contributors])
 
     length = max(1024, WORKING_ELEMENTS // len(clips_W))

@@ -7,7 +7,7 @@ Legend: W = updates, T = elements of a tile.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -22,6 +22,15 @@ from weft.server.merge.settings import (
     TaskArithmeticParameters,
 )
 from weft.server.merge.tiles import Float32
+
+
+class Scaled(Protocol):
+    """Parameters with a scale."""
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the merged movement."""
+        ...
 
 
 def weighted_mean(movements: Movements, multiple: float) -> Float32:
@@ -39,6 +48,11 @@ def mean(movements: Movements, _survey: int, _parameters: RuleParameters) -> Flo
     return weighted_mean(movements, 1.0)
 
 
+def scaled_mean(movements: Movements, _survey: int, parameters: Scaled) -> Float32:
+    """The weighted mean times the ``scale`` of the parameters."""
+    return weighted_mean(movements, parameters.scale)
+
+
 def task_arithmetic(movements: Movements, _survey: int, parameters: TaskArithmeticParameters) -> Float32:
     """λ Σ τ_i (arXiv 2212.04089, section 4); weights that differ shift the sum, and do not shrink it."""
     return weighted_mean(movements, parameters.scale * len(movements.contributors))
@@ -54,7 +68,11 @@ def negation(movements: Movements, _survey: int, parameters: NegationParameters)
 
 
 def magnitude(movements: Movements, _survey: int, _parameters: MagnitudeParameters) -> Float32:
-    """Weighted mean of movements trimmed to their largest magnitudes (TIES without its election)."""
+    """Weighted mean of movements trimmed to their largest magnitudes (TIES without its election).
+
+    Exactly max(1, ⌊N · density⌋) elements of a tensor stay, the first of equal ones; zeros are never counted as
+    kept. What a codec has made sparse is not trimmed again.
+    """
     return weighted_mean(movements, 1.0)
 
 

@@ -20,14 +20,15 @@ All tensors are float64 on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
 
 from weft.common.modules import TensorSpec
-from weft.server.merge.tiles import Tiles, Update
+from weft.server.merge.tiles import Float32, Tiles, Update
 
 _RANK_TOLERANCE: Final = 1e-9
 """Singular values below this share of the largest are rounding of float32 factors, not directions."""
@@ -56,13 +57,15 @@ class Recompressed:
 
 def read_factors(tiles: Tiles | Update, a_spec: TensorSpec, b_spec: TensorSpec) -> Factors:
     """One layer's factors, or their movement, float64."""
-    return Factors(_read(tiles, b_spec), _read(tiles, a_spec))
+    b_read, a_read = (partial(tiles.tile, spec.name) for spec in (b_spec, a_spec))
+    return Factors(read_tensor(b_read, b_spec), read_tensor(a_read, a_spec))
 
 
-def _read(tiles: Tiles | Update, spec: TensorSpec) -> torch.Tensor:
+def read_tensor(read: Callable[[int, int], Float32], spec: TensorSpec) -> torch.Tensor:
+    """All elements of a tensor in its shape, float64."""
     # torch's own allocation is always aligned alike, and linear algebra libraries round by alignment.
     tensor = torch.empty(spec.shape, dtype=torch.float64)
-    tensor.view(-1).numpy()[:] = tiles.tile(spec.name, 0, spec.size)
+    tensor.view(-1).numpy()[:] = read(0, spec.size)
     return tensor
 
 
@@ -125,6 +128,44 @@ def change_gram(start: Factors, movements: Sequence[Factors]) -> torch.Tensor:
     products = (left_on.T @ left_on) * (right_ni @ right_ni.T)
     count, width = len(movements), 2 * start.A_ri.shape[0]
     return products.reshape(count, width, count, width).sum(dim=(1, 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """D_i = (B₀ + dB_i)(A₀ + dA_i) − B₀A₀ = [dB_i, B₀] [A₀ + dA_i; dA_i] of every update, in a basis they share.
+
+    The basis holds the columns of all dB_i and of B₀, so that no D_i has a part outside: m ≤ min(o, (W + 1) r).
+    """
+
+    start: Factors
+    movements: Sequence[Factors]
+    basis_om: torch.Tensor
+
+    @classmethod
+    def of(cls, start: Factors, movements: Sequence[Factors]) -> Changes:
+        """The changes of a layer, each movement of its own rank."""
+        columns_on = torch.cat([start.B_or, *(each.B_or for each in movements)], dim=1)
+        return cls(start, movements, torch.linalg.qr(columns_on)[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[o, i]."""
+        return self.start.B_or.shape[0], self.start.A_ri.shape[1]
+
+    def in_basis(self, place: int) -> torch.Tensor:
+        """Basisᵀ D_i, [m, i]."""
+        moved = self.movements[place]
+        trained, rank = _trained(self.start, moved), moved.A_ri.shape[0]
+        left_on = torch.cat([moved.B_or, self.start.B_or[:, :rank]], dim=1)
+        return (self.basis_om.T @ left_on) @ torch.cat([trained.A_ri, moved.A_ri])
+
+    def apply(self, moved_mi: torch.Tensor, shares: Sequence[float]) -> Recompressed:
+        """B₀A₀ + basis · ``moved``, recompressed, with A near to A₀ + Σ share · dA_i."""
+        average_ri = self.start.A_ri.clone()
+        for each, share in zip(self.movements, shares, strict=True):
+            average_ri[: each.A_ri.shape[0]] += each.A_ri * share
+        left_on = torch.cat([self.start.B_or, self.basis_om], dim=1)
+        return recompress(left_on, torch.cat([self.start.A_ri, moved_mi]), near_ri=average_ri)
 
 
 def combined_square_sum(

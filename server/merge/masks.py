@@ -8,12 +8,14 @@ anywhere, and depends on nothing but its key.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from weft.server.merge.tiles import Update
+from weft.common.modules import TensorSpec
+from weft.server.merge.tiles import Float32, Update
 
 Words: TypeAlias = npt.NDArray[np.uint16]
 
@@ -37,3 +39,61 @@ def chances(update: Update, name: str, seed: int, start: int, stop: int) -> Word
 def words_of(share: float) -> int:
     """How many of the words are below a chance of ``share``; at least one."""
     return max(1, round(share * NUM_WORDS))
+
+
+def dropped(
+    update: Update, spec: TensorSpec, start: int, values_T: Float32, *, density: float, seed: int
+) -> Float32:
+    """DARE (arXiv 2311.03099): each element of a tile stays with one chance, and is divided by it.
+
+    Args:
+        update: Whose worker and task decide, with the tensor's name and the seed.
+        spec: The tensor.
+        start: First element of the tile.
+        values_T: Its elements.
+        density: The chance, rounded to a multiple of 1 / ``NUM_WORDS``.
+        seed: Another one leaves others.
+    """
+    num_words = words_of(density)
+    words_T = chances(update, spec.name, seed, start, start + len(values_T))
+    return values_T * (words_T < num_words) * np.float32(NUM_WORDS / num_words)
+
+
+def dropped_by_rank(
+    update: Update,
+    spec: TensorSpec,
+    start: int,
+    values_T: Float32,
+    read: Callable[[int, int], Float32],
+    *,
+    density: float,
+    spread: float,
+    seed: int,
+) -> Float32:
+    """DELLA (arXiv 2406.11617): the chance to stay rises with the rank of a magnitude in its row.
+
+    It runs linearly from ``density − spread`` for a row's smallest magnitude to ``density + spread`` for its
+    largest, the earlier of equal ones smaller. A tensor without rows is one row.
+
+    Args:
+        update: As of ``dropped``.
+        spec: The tensor.
+        start: First element of the tile.
+        values_T: Its elements.
+        read: Elements of the same update and tensor, for what the tile lacks of its rows.
+        density: Mean chance.
+        spread: Half of what chances differ by at most.
+        seed: Another one leaves others.
+    """
+    width, stop = spec.shape[-1] if spec.shape else 1, start + len(values_T)
+    first, last = start // width * width, -(-stop // width) * width
+    whole = read(first, last) if last - first > len(values_T) else values_T
+    order = np.argsort(np.abs(whole).reshape(-1, width), axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(width)[np.newaxis], axis=1)
+    share = (
+        density - spread + 2 * spread * ranks.reshape(-1)[start - first : stop - first] / max(1, width - 1)
+    )
+    num_words_T = np.maximum(1, np.rint(share * NUM_WORDS)).astype(np.float32)
+    words_T = chances(update, spec.name, seed, start, stop)
+    return values_T * (words_T < num_words_T) * (np.float32(NUM_WORDS) / num_words_T)

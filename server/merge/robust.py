@@ -6,7 +6,8 @@ that follows is a weighted mean. For LoRA merged as ΔW the inner products are t
 Stated weights do not count where a rule is about single updates (median, trimmed mean, Krum, Bulyan).
 
 Updates that are sparse make coordinate medians 0 nearly everywhere, and workers with different data look
-like liars to every one of these.
+like liars to every one of these. Ties go to the update that comes first, by worker and task. An update that did not
+move is an update like others.
 
 Legend: W = updates, T = elements of a tile, f = updates that may be arbitrary.
 """

@@ -10,14 +10,14 @@ Legend: N = elements of the tensor, n = elements of a block, k = how many larges
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from weft.server.merge.tiles import Float32, Scratch, spans
+from weft.server.merge.tiles import Float32, Indices, Scratch, spans
 
 Bits: TypeAlias = npt.NDArray[np.int32]
 Read: TypeAlias = Callable[[int, int], Float32]
@@ -27,11 +27,16 @@ BLOCK_ELEMENTS: Final = 1 << 16
 """Tensors are read in blocks of this length: a few of them fit a core's second-level cache."""
 MAGNITUDE: Final = np.int32(0x7FFFFFFF)
 """All bits but the sign."""
-_SAMPLE_BLOCKS: Final = 64
 _SAMPLE_ELEMENTS: Final = 1 << 10
-"""Of each sampled block: at most 65,536 elements in all, whose quantiles are within 0.2 % (one deviation)."""
+"""Length of a sampled run."""
+_SAMPLE_SHARE: Final = 1 << 15
+"""One run for so many elements,"""
+_SAMPLE_RUNS: Final = (8, 1 << 10)
+"""but no fewer and no more runs than these: a million elements give a quantile within 0.04 % (one deviation)."""
 _MARGIN: Final = 5.0
 """Standard deviations between the sample's quantile and the ends of the bracket."""
+_GATHERED_MAX: Final = 1 / 16
+"""Share of a tensor that is gathered at most: few magnitudes, many times each, can put more into a bracket."""
 _NUM_BITS: Final = 31
 _DIGITS: Final = ((19, 12), (7, 12), (0, 7))
 """(shift, width) of the radix digits of 31 bits, highest first."""
@@ -47,60 +52,120 @@ class Kth:
     """Magnitudes that are larger."""
     num_equal: int
     """Magnitudes that are equal, itself among them."""
+    equal: Indices | None = field(default=None, compare=False, repr=False)
+    """Where the equal ones are, ascending; None: that would take another pass."""
 
 
-def kth_largest(read: Read, size: int, k: int, scratch: Scratch) -> Kth:
-    """The k-th largest magnitude, 1 ≤ k ≤ size."""
-    if size <= 2 * BLOCK_ELEMENTS:
-        return _kth(read(0, size).view(np.int32) & MAGNITUDE, k, num_above=0)
-    low, high = _bracket(read, size, k)
-    num_above, between = 0, []
-    for bits in _blocks(read, size, scratch):
-        above = np.greater(bits, high, out=scratch.take("above", len(bits), np.bool_))
-        num_above += int(np.count_nonzero(above))
+@dataclass(slots=True)
+class _Bracket:
+    """Two magnitudes that an answer lies between, nearly always, and what one pass found there."""
+
+    low: np.int32
+    high: np.int32
+    size: int
+    """N."""
+    num_above: int = 0
+    """Magnitudes above ``high``."""
+    num_between: int = 0
+    """The others from ``low`` on, zeros not counted."""
+    between: list[Bits] = field(default_factory=list)
+    """Those, in their order, unless there is nothing to choose from or they are too many to be held."""
+    places: list[Indices] = field(default_factory=list)
+    """Their indices."""
+
+    def gather(self, bits: Bits, start: int, scratch: Scratch) -> None:
+        """Count and gather in the block that begins at element ``start``."""
+        above = np.greater(bits, self.high, out=scratch.take("above", len(bits), np.bool_))
+        self.num_above += int(np.count_nonzero(above))
+        low = max(self.low, np.int32(1))
         inside = np.greater_equal(bits, low, out=scratch.take("inside", len(bits), np.bool_))
-        between.append(bits[np.not_equal(inside, above, out=inside)])
-    candidates = np.concatenate(between)
-    if num_above < k <= num_above + len(candidates):
-        return _kth(candidates, k - num_above, num_above=num_above)
-    return _radix(read, size, k, scratch)
+        np.not_equal(inside, above, out=inside)
+        if not self._gathers:
+            self.num_between += int(np.count_nonzero(inside))
+            return
+        places = np.flatnonzero(inside)
+        self.num_between += len(places)
+        self.between.append(bits[places])
+        self.places.append(places + start)
+
+    @property
+    def _gathers(self) -> bool:
+        return bool(self.low < self.high) and self.num_between <= self.size * _GATHERED_MAX
+
+    def kth(self, k: int) -> Kth | None:
+        """The answer, unless it lies elsewhere."""
+        above, until = self.num_above, self.num_above + self.num_between
+        if k > until and self.low == 0:
+            return Kth(0, until, self.size - until)
+        if not above < k <= until:
+            return None
+        if self.low == self.high:
+            return Kth(int(self.low), above, until - above)
+        if not self._gathers:
+            return None
+        return _kth(np.concatenate(self.between), np.concatenate(self.places), k - above, num_above=above)
 
 
-def _kth(bits: Bits, k: int, *, num_above: int) -> Kth:
-    bits.partition(len(bits) - k)
-    kth = bits[len(bits) - k]
-    num_larger = int(np.count_nonzero(bits[len(bits) - k :] > kth))
-    return Kth(int(kth), num_above + num_larger, int(np.count_nonzero(bits == kth)))
+def kths_largest(read: Read, size: int, ks: Sequence[int], scratch: Scratch) -> list[Kth]:
+    """The k-th largest magnitude for each of ``ks``, 1 ≤ k ≤ size, in one pass."""
+    if size <= 2 * BLOCK_ELEMENTS:
+        bits = read(0, size).view(np.int32) & MAGNITUDE
+        return [_kth(bits, None, k, num_above=0) for k in ks]
+    brackets = [_Bracket(low, high, size) for low, high in _brackets(read, size, ks, scratch)]
+    for start, bits in _blocks(read, size, scratch):
+        for bracket in brackets:
+            bracket.gather(bits, start, scratch)
+    found = [bracket.kth(k) for bracket, k in zip(brackets, ks, strict=True)]
+    return [_radix(read, size, k, scratch) if kth is None else kth for kth, k in zip(found, ks, strict=True)]
 
 
-def _bracket(read: Read, size: int, k: int) -> tuple[np.int32, np.int32]:
-    """Two values that the answer lies between, nearly always."""
-    num_blocks = int(np.clip(size >> 16, _SAMPLE_BLOCKS // 8, _SAMPLE_BLOCKS))
-    starts = np.linspace(0, size - _SAMPLE_ELEMENTS, num_blocks).astype(np.int64)
-    sample = np.concatenate([read(start, start + _SAMPLE_ELEMENTS) for start in starts.tolist()])
-    sample = sample.view(np.int32) & MAGNITUDE
-    share = k / size
-    middle = len(sample) * (1 - share)
+def _kth(bits: Bits, places: Indices | None, k: int, *, num_above: int) -> Kth:
+    """Of ``bits``, which stand at ``places`` of the tensor; None: they are all of it."""
+    kth = np.partition(bits, len(bits) - k)[len(bits) - k]
+    equal = np.flatnonzero(bits == kth)
+    num_larger = int(np.count_nonzero(bits > kth))
+    return Kth(int(kth), num_above + num_larger, len(equal), equal if places is None else places[equal])
+
+
+def _brackets(read: Read, size: int, ks: Sequence[int], scratch: Scratch) -> list[tuple[np.int32, np.int32]]:
+    """For each k two values that the answer lies between, nearly always."""
+    num_runs = int(np.clip(size // _SAMPLE_SHARE, *_SAMPLE_RUNS))
+    sample = scratch.take("sample", num_runs * _SAMPLE_ELEMENTS, np.int32)
+    starts = np.linspace(0, size - _SAMPLE_ELEMENTS, num_runs).astype(np.int64)
+    for run, start in zip(sample.reshape(num_runs, -1), starts.tolist(), strict=True):
+        np.bitwise_and(read(start, start + _SAMPLE_ELEMENTS).view(np.int32), MAGNITUDE, out=run)
+    ends = [_ends(len(sample), k / size) for k in ks]
+    last = len(sample) - 1
+    sample.partition(sorted({min(max(0, end), last) for pair in ends for end in pair}))
+    return [
+        (
+            np.int32(sample[low]) if low > 0 else np.int32(0),
+            np.int32(sample[high]) if high < last else MAGNITUDE,
+        )
+        for low, high in ends
+    ]
+
+
+def _ends(num_sampled: int, share: float) -> tuple[int, int]:
+    """Between which places of the sorted sample the answer lies."""
+    middle = num_sampled * (1 - share)
     # The sample is of whole runs, whose elements are alike: allow for fewer independent ones than there are.
-    spread = _MARGIN * np.sqrt(len(sample) * share * (1 - share)) + 16
-    first, last = (int(np.clip(at, 0, len(sample) - 1)) for at in (middle - spread, middle + spread))
-    sample.partition((first, last))
-    low = np.int32(sample[first]) if middle > spread else np.int32(0)
-    return low, np.int32(sample[last]) if middle + spread < len(sample) - 1 else MAGNITUDE
+    spread = _MARGIN * np.sqrt(num_sampled * share * (1 - share)) + 16
+    return int(middle - spread), int(middle + spread)
 
 
-def _blocks(read: Read, size: int, scratch: Scratch) -> Iterator[Bits]:
-    """The magnitudes of the tensor, block by block, in scratch "magnitudes"."""
+def _blocks(read: Read, size: int, scratch: Scratch) -> Iterator[tuple[int, Bits]]:
+    """The magnitudes of the tensor, block by block with its first index, in scratch "magnitudes"."""
     for start, stop in spans(size, BLOCK_ELEMENTS):
         buffer = scratch.take("magnitudes", stop - start, np.int32)
-        yield np.bitwise_and(read(start, stop).view(np.int32), MAGNITUDE, out=buffer)
+        yield start, np.bitwise_and(read(start, stop).view(np.int32), MAGNITUDE, out=buffer)
 
 
 def _radix(read: Read, size: int, k: int, scratch: Scratch) -> Kth:
     prefix, num_above, num_equal = 0, 0, size
     for shift, width in _DIGITS:
         counts = np.zeros(1 << width, np.int64)
-        for bits in _blocks(read, size, scratch):
+        for _, bits in _blocks(read, size, scratch):
             alike = bits[bits >> (shift + width) == prefix] if shift + width < _NUM_BITS else bits
             counts += np.bincount((alike >> shift) & ((1 << width) - 1), minlength=1 << width)
         from_top = np.cumsum(counts[::-1])
@@ -114,9 +179,9 @@ def _radix(read: Read, size: int, k: int, scratch: Scratch) -> Kth:
 def index_of_equal(read: Read, size: int, threshold: int, number: int, scratch: Scratch) -> int:
     """Index of the ``number``-th magnitude, from 1, that is equal to ``threshold``."""
     seen = 0
-    for index, bits in enumerate(_blocks(read, size, scratch)):
+    for start, bits in _blocks(read, size, scratch):
         equal = np.flatnonzero(bits == threshold)
         if seen + len(equal) >= number:
-            return index * BLOCK_ELEMENTS + int(equal[number - 1 - seen])
+            return start + int(equal[number - 1 - seen])
         seen += len(equal)
     raise ValueError(f"fewer than {number} magnitudes are equal to the threshold")

@@ -36,6 +36,12 @@ class MergeRuleName(enum.StrEnum):
     CENTRED_CLIPPING = "centred_clipping"
     SLERP = "slerp"
     MODEL_STOCK = "model_stock"
+    PCB = "pcb"
+    KNOTS = "knots"
+    TSV = "tsv"
+    ISO = "iso"
+    REGMEAN = "regmean"
+    LEAST_SQUARES = "least_squares"
 
 
 class Clip(enum.StrEnum):
@@ -150,7 +156,7 @@ class MagnitudeParameters(RuleParameters):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DareParameters(RuleParameters):
-    """The ``[merge.dare]`` and ``[merge.dare_ties]`` tables (arXiv 2311.03099)."""
+    """The ``[merge.dare]`` table (arXiv 2311.03099)."""
 
     density: float = 0.5
     """Share of elements that are kept, by chance, and divided by it."""
@@ -162,6 +168,26 @@ class DareParameters(RuleParameters):
     def __post_init__(self) -> None:
         check_number("density of merge.dare or merge.dare_ties", self.density, 1e-3, 1, "0.5")
         check_number("scale of merge.dare or merge.dare_ties", self.scale, 1e-6, 100, "1.0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DareTiesParameters(DareParameters):
+    """The ``[merge.dare_ties]`` table: DARE, then the election of TIES, without its trim."""
+
+    convention: TiesConvention = TiesConvention.PEFT
+    """Whose election, as in ``[merge.ties]``."""
+    average: bool = True
+    """Divide the sum of what agrees; false leaves the weighted sum, as mergekit does by default."""
+
+    @property
+    def surveys(self) -> bool:
+        """As of TIES."""
+        return self.convention is TiesConvention.OFFICIAL
+
+    @property
+    def election(self) -> TiesParameters:
+        """What is done with what chance has left."""
+        return TiesParameters(convention=self.convention, average=self.average, scale=self.scale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +278,8 @@ class TiesParameters(RuleParameters):
     """Share of each tensor's elements that trimming keeps; what a codec made sparse is not trimmed again."""
     convention: TiesConvention = TiesConvention.OFFICIAL
     """official: the authors' trim and sign ties; peft, mergekit: as those; frequency: signs by count, as peft."""
+    average: bool = True
+    """Divide the sum of what agrees; false leaves the weighted sum, smaller by the weight that does not agree."""
     scale: float = 1.0
     """λ: what multiplies the merged movement."""
 
@@ -268,6 +296,98 @@ class TiesParameters(RuleParameters):
     def surveys(self) -> bool:
         """The authors resolve sign ties by the majority over all coordinates."""
         return self.convention is TiesConvention.OFFICIAL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlerpParameters(RuleParameters):
+    """The ``[merge.slerp]`` table."""
+
+    straight_above: float = 1 - 1e-9
+    """Cosines beyond this, either way, are merged along a straight line; mergekit's is 0.9995."""
+
+    def __post_init__(self) -> None:
+        check_number("merge.slerp.straight_above", self.straight_above, 0, 1 - 1e-12, "0.9995")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStockParameters(RuleParameters):
+    """The ``[merge.model_stock]`` table (arXiv 2403.19522)."""
+
+    clamp: bool = True
+    """Count a mean cosine below 0 as 0, and stay; false goes the other way, as mergekit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PcbParameters(RuleParameters):
+    """The ``[merge.pcb]`` table (PCB-Merging, arXiv 2410.02396)."""
+
+    density: float = 0.1
+    """Share of each tensor's elements that an update keeps: those of the best scores."""
+    scale: float = 1.0
+    """What multiplies the merged movement."""
+
+    def __post_init__(self) -> None:
+        check_number("merge.pcb.density", self.density, 1e-6, 1, "0.1")
+        check_number("merge.pcb.scale", self.scale, 1e-6, 100, "1.0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnotsParameters(RuleParameters):
+    """The ``[merge.knots]`` table (KnOTS-TIES, arXiv 2410.19735)."""
+
+    density: float = 1.0
+    """Share of each update's coordinates in the shared basis that trimming keeps."""
+    scale: float = 1.0
+    """What multiplies the merged movement."""
+
+    def __post_init__(self) -> None:
+        check_number("merge.knots.density", self.density, 1e-6, 1, "1.0")
+        check_number("merge.knots.scale", self.scale, 1e-6, 100, "1.0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TsvParameters(RuleParameters):
+    """The ``[merge.tsv]`` table (TSV-M, arXiv 2412.00081)."""
+
+    scale: float = 1.0
+    """α: what multiplies the merged movement."""
+
+    def __post_init__(self) -> None:
+        check_number("merge.tsv.scale", self.scale, 1e-6, 100, "1.0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IsoParameters(RuleParameters):
+    """The ``[merge.iso]`` table (Iso-C, arXiv 2502.04959)."""
+
+    scale: float = 1.0
+    """α: what multiplies the merged movement."""
+
+    def __post_init__(self) -> None:
+        check_number("merge.iso.scale", self.scale, 1e-6, 100, "1.0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeastSquaresParameters(RuleParameters):
+    """The ``[merge.least_squares]`` table."""
+
+    ridge: float = 1e-5
+    """How much the weighted mean counts, in mean squares of each input."""
+
+    def __post_init__(self) -> None:
+        check_number("ridge of merge.least_squares or merge.regmean", self.ridge, 1e-12, 1e6, "1e-5")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegmeanParameters(LeastSquaresParameters):
+    """The ``[merge.regmean]`` table (RegMean, arXiv 2212.09849)."""
+
+    off_diagonal: float = 0.9
+    """α: what multiplies a Gram matrix but for its diagonal."""
+
+    def __post_init__(self) -> None:
+        LeastSquaresParameters.__post_init__(self)
+        check_number("merge.regmean.off_diagonal", self.off_diagonal, 0, 1, "0.9")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +432,7 @@ class MergeSettings:
     """Parameters of rule ties."""
     dare: DareParameters | None = None
     """Parameters of rule dare."""
-    dare_ties: DareParameters | None = None
+    dare_ties: DareTiesParameters | None = None
     """Parameters of rule dare_ties."""
     della: DellaParameters | None = None
     """Parameters of rule della."""
@@ -332,6 +452,22 @@ class MergeSettings:
     """Parameters of rule geometric_median."""
     centred_clipping: CentredClippingParameters | None = None
     """Parameters of rule centred_clipping."""
+    slerp: SlerpParameters | None = None
+    """Parameters of rule slerp."""
+    model_stock: ModelStockParameters | None = None
+    """Parameters of rule model_stock."""
+    pcb: PcbParameters | None = None
+    """Parameters of rule pcb."""
+    knots: KnotsParameters | None = None
+    """Parameters of rule knots."""
+    tsv: TsvParameters | None = None
+    """Parameters of rule tsv."""
+    iso: IsoParameters | None = None
+    """Parameters of rule iso."""
+    regmean: RegmeanParameters | None = None
+    """Parameters of rule regmean."""
+    least_squares: LeastSquaresParameters | None = None
+    """Parameters of rule least_squares."""
 
     def __post_init__(self) -> None:
         check_number("merge.clip_multiple", self.clip_multiple, 0.01, 1e6, "1.0")
@@ -363,7 +499,7 @@ DEFAULT_PARAMETERS: Final[Mapping[MergeRuleName, RuleParameters]] = {
     MergeRuleName.TIES: TiesParameters(),
     MergeRuleName.SIGN_MAJORITY: RuleParameters(),
     MergeRuleName.DARE: DareParameters(),
-    MergeRuleName.DARE_TIES: DareParameters(),
+    MergeRuleName.DARE_TIES: DareTiesParameters(),
     MergeRuleName.DELLA: DellaParameters(),
     MergeRuleName.BREADCRUMBS: BreadcrumbsParameters(),
     MergeRuleName.FISHER: FisherParameters(),
@@ -374,7 +510,13 @@ DEFAULT_PARAMETERS: Final[Mapping[MergeRuleName, RuleParameters]] = {
     MergeRuleName.BULYAN: RobustParameters(),
     MergeRuleName.GEOMETRIC_MEDIAN: GeometricMedianParameters(),
     MergeRuleName.CENTRED_CLIPPING: CentredClippingParameters(),
-    MergeRuleName.SLERP: RuleParameters(),
-    MergeRuleName.MODEL_STOCK: RuleParameters(),
+    MergeRuleName.SLERP: SlerpParameters(),
+    MergeRuleName.MODEL_STOCK: ModelStockParameters(),
+    MergeRuleName.PCB: PcbParameters(),
+    MergeRuleName.KNOTS: KnotsParameters(),
+    MergeRuleName.TSV: TsvParameters(),
+    MergeRuleName.ISO: IsoParameters(),
+    MergeRuleName.REGMEAN: RegmeanParameters(),
+    MergeRuleName.LEAST_SQUARES: LeastSquaresParameters(),
 }
 """What a rule runs with when the run file has no table for it."""

@@ -11,22 +11,25 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from weft.common.modules import TensorSpec
 from weft.server.merge import masks
-from weft.server.merge.linear import weighted_mean
+from weft.server.merge.linear import scaled_mean, weighted_mean
 from weft.server.merge.movements import Contributor, Movements, Row, Thin
-from weft.server.merge.rule import MergeRule
+from weft.server.merge.rule import MergeRule, Scope
 from weft.server.merge.settings import (
     BreadcrumbsParameters,
     DareParameters,
+    DareTiesParameters,
     DellaParameters,
     MergeRuleName,
     RuleParameters,
     TiesConvention,
     TiesParameters,
 )
-from weft.server.merge.tiles import Float32, Indices, Scratch
+from weft.server.merge.tiles import Float32, Indices, Scratch, readable
+from weft.server.merge.whole import pcb
 
 Counts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -76,24 +79,16 @@ class SignedSums:
         if row.indices is not None:
             self._add_sparse(row.indices, row.raw * np.float32(factor))
             return
-        values = row.raw
+        values = readable(row.raw, scratch)
         if factor != 1:
-            values = np.multiply(
-                values, np.float32(factor), out=scratch.take("scaled", len(values), np.float32)
-            )
-        bits = values.view(np.int32)
-        part, flags = scratch.take("part", len(bits), np.int32), scratch.take("flags", len(bits), np.bool_)
-        np.right_shift(bits, 31, out=part)  # all ones where negative
-        np.bitwise_and(bits, part, out=part)
-        negative = part.view(np.float32)
-        sums = self.negative
-        np.add(sums, negative, out=sums)
-        _count(self.num_negative, np.not_equal(negative, 0, out=flags))
-        np.bitwise_xor(bits, part, out=part)
-        positive = part.view(np.float32)
-        sums = self.positive
-        np.add(sums, positive, out=sums)
-        _count(self.num_positive, np.not_equal(positive, 0, out=flags))
+            scaled = torch.from_numpy(scratch.take("scaled", len(values), np.float32))
+            values = torch.mul(values, float(np.float32(factor)), out=scaled)
+        raw, flags = values.numpy(), scratch.take("flags", len(values), np.bool_)
+        part = torch.from_numpy(scratch.take("part", len(values), np.float32))
+        torch.from_numpy(self.positive).add_(torch.clamp_min(values, 0, out=part))
+        _count(self.num_positive, np.greater(raw, 0, out=flags))
+        torch.from_numpy(self.negative).add_(torch.clamp_max(values, 0, out=part))
+        _count(self.num_negative, np.less(raw, 0, out=flags))
 
     def _add_sparse(self, indices: Indices, values: Float32) -> None:
         places = indices + (values < 0) * (len(self.sums) // 2)
@@ -123,7 +118,9 @@ def ties(movements: Movements, survey: int, parameters: TiesParameters) -> Float
     | mergekit | the weighted sum | + | agreeing weights |
     | frequency | the sum of signs | + | as peft |
 
-    With equal weights all but the last are the same where no masses tie. Zeros agree with nobody.
+    With equal weights all but the last are the same where no masses tie. A tensor keeps at least one element,
+    however tiny, and what a codec has made sparse is not trimmed again. Zeros agree with nobody. Without
+    ``average`` nothing is divided, and all are the weighted sum of what agrees.
     """
     tie_is_positive = survey > 0 or parameters.convention is not TiesConvention.OFFICIAL
     return elect(movements, _signed_sums(movements), parameters, tie_is_positive=tie_is_positive)
@@ -132,7 +129,7 @@ def ties(movements: Movements, survey: int, parameters: TiesParameters) -> Float
 def elect(
     movements: Movements, sums: SignedSums, parameters: TiesParameters, *, tie_is_positive: bool
 ) -> Float32:
-    """The average of what has the elected sign."""
+    """The average of what has the elected sign, or its weighted sum."""
     scratch, size, convention = movements.scratch, movements.size, parameters.convention
     elected_T = scratch.take("elected", size, np.bool_)
     equal = len(set(movements.weights.tolist())) == 1
@@ -148,8 +145,12 @@ def elect(
     else:
         by_weight = convention in (TiesConvention.OFFICIAL, TiesConvention.MERGEKIT)
         chosen_T, counts_T = _weighted(movements, elected_T, by_weight=by_weight)
-    np.divide(chosen_T, counts_T, out=chosen_T)
-    return np.multiply(chosen_T, np.float32(parameters.scale), out=chosen_T)
+    scale = parameters.scale
+    if parameters.average:
+        np.divide(chosen_T, counts_T, out=chosen_T)
+    elif equal:
+        scale /= len(movements.contributors)
+    return chosen_T if scale == 1 else np.multiply(chosen_T, np.float32(scale), out=chosen_T)
 
 
 def _choose(sums: SignedSums, elected_T: npt.NDArray[np.bool_], scratch: Scratch) -> tuple[Float32, Float32]:
@@ -232,25 +233,36 @@ def sign_majority(movements: Movements, _survey: int, _parameters: RuleParameter
 
 
 def dare(movements: Movements, _survey: int, parameters: DareParameters) -> Float32:
-    """Drop elements by chance, divide the rest by the density, take the weighted mean (arXiv 2311.03099)."""
+    """Drop elements by chance, divide the rest by the density, take the weighted mean (arXiv 2311.03099).
+
+    A tiny tensor may lose all of an update. What a codec has made sparse is thinned too: the mean over seeds is
+    what was sent, whatever it was.
+    """
     thinned = dataclasses.replace(movements, thin=_dare(parameters))
     return weighted_mean(thinned, parameters.scale)
 
 
-def dare_ties(movements: Movements, _survey: int, parameters: DareParameters) -> Float32:
-    """DARE, then the election and the average of TIES as peft does them, without its trim."""
+def dare_ties(movements: Movements, survey: int, parameters: DareTiesParameters) -> Float32:
+    """DARE, then the election and the average of TIES, without its trim: peft's unless told otherwise.
+
+    Zeros, dropped or sent, agree with nobody. Not homogeneous in the density: what agrees is divided by how many
+    it is, not by how many there are.
+    """
     thinned = dataclasses.replace(movements, thin=_dare(parameters))
-    ties_parameters = TiesParameters(convention=TiesConvention.PEFT, scale=parameters.scale)
-    return elect(thinned, _signed_sums(thinned), ties_parameters, tie_is_positive=True)
+    return ties(thinned, survey, parameters.election)
+
+
+def dare_balance(movements: Movements, parameters: DareTiesParameters) -> tuple[int, Float32 | None]:
+    """``sign_balance`` of what chance leaves."""
+    return sign_balance(dataclasses.replace(movements, thin=_dare(parameters)), parameters.election)
 
 
 def _dare(parameters: DareParameters) -> Thin:
-    num_words = masks.words_of(parameters.density)
-    inverse = np.float32(masks.NUM_WORDS / num_words)
-
-    def thin(contributor: Contributor, spec: TensorSpec, start: int, stop: int, values_T: Float32) -> Float32:
-        words_T = masks.chances(contributor.update, spec.name, parameters.seed, start, stop)
-        return values_T * (words_T < num_words) * inverse
+    def thin(
+        contributor: Contributor, spec: TensorSpec, start: int, _stop: int, values_T: Float32
+    ) -> Float32:
+        density, seed = parameters.density, parameters.seed
+        return masks.dropped(contributor.update, spec, start, values_T, density=density, seed=seed)
 
     return thin
 
@@ -265,18 +277,19 @@ def della(movements: Movements, _survey: int, parameters: DellaParameters) -> Fl
 
 
 def _della(parameters: DellaParameters) -> Thin:
-    def thin(contributor: Contributor, spec: TensorSpec, start: int, stop: int, values_T: Float32) -> Float32:
-        width = spec.shape[-1]
-        first, last = start // width * width, -(-stop // width) * width
-        whole = contributor.tile(spec, first, last, Scratch()) if last - first > stop - start else values_T
-        order = np.argsort(np.abs(whole).reshape(-1, width), axis=1, kind="stable")
-        ranks = np.empty_like(order)
-        np.put_along_axis(ranks, order, np.arange(width)[np.newaxis], axis=1)
-        low, spread = parameters.density - parameters.spread, 2 * parameters.spread
-        share = low + spread * ranks.reshape(-1)[start - first : stop - first] / max(1, width - 1)
-        num_words_T = np.maximum(1, np.rint(share * masks.NUM_WORDS)).astype(np.float32)
-        words_T = masks.chances(contributor.update, spec.name, parameters.seed, start, stop)
-        return values_T * (words_T < num_words_T) * (np.float32(masks.NUM_WORDS) / num_words_T)
+    def thin(
+        contributor: Contributor, spec: TensorSpec, start: int, _stop: int, values_T: Float32
+    ) -> Float32:
+        return masks.dropped_by_rank(
+            contributor.update,
+            spec,
+            start,
+            values_T,
+            lambda first, last: contributor.tile(spec, first, last, Scratch()),
+            density=parameters.density,
+            spread=parameters.spread,
+            seed=parameters.seed,
+        )
 
     return thin
 
@@ -284,7 +297,9 @@ def _della(parameters: DellaParameters) -> Thin:
 def breadcrumbs(movements: Movements, _survey: int, parameters: BreadcrumbsParameters) -> Float32:
     """The sum of movements without their outliers and without what is small (arXiv 2312.06795, section 3).
 
-    Tensor by tensor, as mergekit; the authors' code trims row by row.
+    Tensor by tensor, as mergekit; the authors' code trims row by row. Of equal magnitudes the first stay; a tensor
+    of fewer than 1 / outliers elements loses none as an outlier and keeps at least one. What a codec has made
+    sparse is neither trimmed nor rid of outliers.
     """
     return weighted_mean(movements, parameters.scale * len(movements.contributors))
 
@@ -320,6 +335,7 @@ ROWS: Final[tuple[MergeRule[Any], ...]] = (
         title="DARE, then the election of TIES",
         paper="https://arxiv.org/abs/2311.03099",
         merge=dare_ties,
+        survey=dare_balance,
         row_by_row=True,
         secure_aggregation=True,
     ),
@@ -338,6 +354,15 @@ ROWS: Final[tuple[MergeRule[Any], ...]] = (
         merge=breadcrumbs,
         row_by_row=True,
         secure_aggregation=True,
+    ),
+    MergeRule(
+        name=MergeRuleName.PCB,
+        title="PCB: balance what parameters compete for",
+        paper="https://arxiv.org/abs/2410.02396",
+        merge=scaled_mean,
+        scope=Scope.TENSOR,
+        whole=pcb,
+        row_by_row=True,
     ),
 )
 """The sparse rows of ``RULES``."""

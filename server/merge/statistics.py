@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import torch
 
 from weft.common.modules import Schema, TensorSpec
-from weft.server.merge.selection import BLOCK_ELEMENTS, MAGNITUDE, Bits, Read, index_of_equal, kth_largest
+from weft.server.merge.selection import BLOCK_ELEMENTS, Kth, Read, index_of_equal, kths_largest
 from weft.server.merge.settings import Clip, MergeSettings, Trim
-from weft.server.merge.tiles import Float32, Scratch, Update, spans
+from weft.server.merge.tiles import Float32, Scratch, Update, readable, spans
 
 _SQUARES_MIN: Final = 1e-20
 """Float32 sums of squares below this have lost small ones."""
@@ -44,20 +45,23 @@ class Cut:
 
     def apply(self, values_T: Float32, start: int, scratch: Scratch) -> Float32:
         """The tile that begins at element ``start`` with zeros for what is trimmed, in scratch "trimmed"."""
-        kept = self._apply(values_T.view(np.int32), start, scratch.take("trimmed", len(values_T), np.int32))
+        values = readable(values_T, scratch)
+        kept_T = self._apply(values, start, scratch.take("trimmed", len(values_T), np.float32))
         if self.outliers is not None:
-            dropped = scratch.take("outliers", len(values_T), np.int32)
-            np.bitwise_xor(kept, self.outliers._apply(values_T.view(np.int32), start, dropped), out=kept)
-        return kept.view(np.float32)
+            dropped_T = scratch.take("outliers", len(values_T), np.float32)
+            kept, dropped = kept_T.view(np.int32), self.outliers._apply(values, start, dropped_T)
+            np.bitwise_xor(kept, dropped.view(np.int32), out=kept)
+        return kept_T
 
-    def _apply(self, values: Bits, start: int, out: Bits) -> Bits:
-        kept = np.bitwise_and(values, MAGNITUDE, out=out)
+    def _apply(self, values: torch.Tensor, start: int, out: Float32) -> Float32:
         split = min(max(0, self.last_index + 1 - start), len(values))
-        # Threshold − magnitude, less one, is negative exactly where it is kept: spread its sign over all bits.
-        np.subtract(np.int32(self.bits - 1), kept[:split], out=kept[:split])
-        np.subtract(np.int32(self.bits), kept[split:], out=kept[split:])
-        np.right_shift(kept, 31, out=kept)
-        return np.bitwise_and(values, kept, out=kept)
+        target = torch.from_numpy(out)
+        # What is larger than the float32 before the threshold is as large as the threshold.
+        for part, bits in ((slice(0, split), self.bits - 1), (slice(split, len(values)), self.bits)):
+            if part.start < part.stop:
+                largest_dropped = float(np.int32(bits).view(np.float32))
+                torch.ops.aten.hardshrink.out(values[part], largest_dropped, out=target[part])
+        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,26 +83,33 @@ def find_cut(read: Read, size: int, trim: Trim, scratch: Scratch) -> tuple[Cut, 
 
     With ``keeps_ties`` as the authors of TIES: the threshold is the ⌊N density⌋ + 1 st largest magnitude and
     everything as large is kept. Without: exactly max(1, ⌊N density⌋) elements, the first of equal ones.
-    With ``outliers`` the ⌊N outliers⌋ largest are dropped, and those that follow kept in their place.
+    With ``outliers`` the ⌊N outliers⌋ largest are dropped, but never so many that fewer than asked for are left,
+    and those that follow kept in their place.
     """
-    count, num_outliers = int(size * trim.density), int(size * trim.outliers)
-    count = count + 1 if trim.keeps_ties else max(1, count)
-    cut, num_kept = _largest(read, size, min(size, count + num_outliers), scratch, keeps_ties=trim.keeps_ties)
+    count = int(size * trim.density)
+    count = min(size, count + 1 if trim.keeps_ties else max(1, count))
+    num_outliers = min(int(size * trim.outliers), size - count)
+    counts = [count + num_outliers, *([num_outliers] if num_outliers else [])]
+    ranked = list(zip(kths_largest(read, size, counts, scratch), counts, strict=True))
+    cut, num_kept = _cut(read, size, *ranked[0], scratch, keeps_ties=trim.keeps_ties)
     if not num_outliers:
         return cut, num_kept
-    outliers, num_dropped = _largest(read, size, num_outliers, scratch, keeps_ties=False)
+    outliers, num_dropped = _cut(read, size, *ranked[1], scratch, keeps_ties=False)
     return Cut(cut.bits, cut.last_index, outliers), num_kept - num_dropped
 
 
-def _largest(read: Read, size: int, count: int, scratch: Scratch, *, keeps_ties: bool) -> tuple[Cut, int]:
-    """The cut that keeps the ``count`` largest, and how many of them are not zero."""
-    kth = kth_largest(read, size, count, scratch)
+def _cut(
+    read: Read, size: int, kth: Kth, count: int, scratch: Scratch, *, keeps_ties: bool
+) -> tuple[Cut, int]:
+    """The cut that keeps the ``count`` largest, of which ``kth`` is the last, and how many of them are not zero."""
     if kth.bits == 0:
         return Cut(1, size - 1), kth.num_above
     if keeps_ties or kth.num_above + kth.num_equal == count:
         return Cut(kth.bits, size - 1), kth.num_above + kth.num_equal
-    last_index = index_of_equal(read, size, kth.bits, count - kth.num_above, scratch)
-    return Cut(kth.bits, last_index), count
+    number = count - kth.num_above
+    if kth.equal is not None:
+        return Cut(kth.bits, int(kth.equal[number - 1])), count
+    return Cut(kth.bits, index_of_equal(read, size, kth.bits, number, scratch)), count
 
 
 def measure_tensor(

@@ -14,9 +14,9 @@ from weft.common.errors import InputError, UsageError
 from weft.common.modules import TensorSpec
 from weft.server.offline.inputs import HEADS, Checkpoint, tokenizer_files
 from weft.server.offline.plan import Plan
-from weft.server.offline.recipe import Dtype, Recipe
-from weft.server.offline.sources import FLOATS, WHOLE
-from weft.server.offline.units import Coordinates, Copied, Source, Unit, is_module_wide, refuse_device
+from weft.server.offline.recipe import Dtype, Recipe, is_module_wide
+from weft.server.offline.sources import FLOAT8, FLOATS, stored_dtype
+from weft.server.offline.units import Coordinates, Copied, Source, Unit, refuse_device
 
 _SAME: Final = (
     "model_type",
@@ -84,13 +84,15 @@ def _units(
     num_blocks = int(models[0].config.get("num_hidden_layers") or 0)
 
     def coordinates(group: Sequence[TensorSpec]) -> Unit:
+        choice = recipe.choose(group[0].name, num_blocks)
+        taken = choice.whole and any(choice.weights)
         return Coordinates(
             name=group[0].name,
             specs=tuple(group),
             sources=sources,
-            base=from_base,
-            onto=to,
-            choice=recipe.choose(group[0].name, num_blocks),
+            base=None if taken else from_base,
+            onto=None if taken else to,
+            choice=choice,
         )
 
     whole = recipe.uniform is not None and is_module_wide(recipe.uniform.settings)
@@ -165,8 +167,7 @@ def _common_spec(everyone: Sequence[Checkpoint], first: Checkpoint, name: str) -
 def _stored(spec: TensorSpec, dtype: Dtype | None) -> TensorSpec:
     if spec.dtype not in FLOATS:
         return spec
-    kept = spec.dtype if spec.dtype in WHOLE else "F32"
-    return TensorSpec(spec.name, dtype.safetensors if dtype else kept, spec.shape)
+    return TensorSpec(spec.name, dtype.safetensors if dtype else stored_dtype(spec.dtype), spec.shape)
 
 
 def _files(first: Checkpoint, dtype: Dtype | None) -> dict[str, bytes | Path]:
@@ -174,6 +175,8 @@ def _files(first: Checkpoint, dtype: Dtype | None) -> dict[str, bytes | Path]:
     for key in _DTYPE_KEYS:
         if dtype is not None and key in config:
             config[key] = _TORCH_NAMES[dtype]
+        elif str(config.get(key)).startswith("float8"):
+            config[key] = _TORCH_NAMES[Dtype.BF16]
     files: dict[str, bytes | Path] = dict(tokenizer_files(first.directory))
     files[CONFIG] = json.dumps(config, indent=2).encode() + b"\n"
     return files
@@ -187,6 +190,8 @@ def _notes(everyone: Sequence[Checkpoint], first: Checkpoint, specs: Mapping[str
         if not _same_tokenizer(each, first):
             notes.append(f"{each.label} has another tokenizer than {first.label}, whose is kept")
     dtypes = {each.weights.specs[name].dtype for each in everyone for name in specs} & FLOATS
+    if dtypes & FLOAT8:
+        notes.append("eight-bit floats are read as they are, without scales; what is merged is kept as BF16")
     if len(dtypes) > 1:
         notes.append(f"inputs are stored as {', '.join(sorted(dtypes))}; arithmetic is float32")
     return notes

@@ -17,9 +17,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from weft.common.errors import UsageError
 
 if TYPE_CHECKING:
-    from weft.server.offline.merging import Estimate, Result
+    from weft.server.merge.rule import MergeRule
+    from weft.server.offline.merging import Estimate, Options, Result
     from weft.server.offline.plan import Plan
     from weft.server.offline.recipe import Recipe, RecipeFile
+    from weft.server.offline.scoring import Scorer
+    from weft.server.offline.search import Found
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -33,7 +36,7 @@ def merge(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Adapter or model directories, [NAME=]DIR[:WEIGHT] each; or one mergekit YAML.",
+            help="NAME=DIR:WEIGHT each, or one file that says everything: a recipe (TOML) or a mergekit YAML.",
             show_default=False,
         ),
     ] = None,
@@ -57,6 +60,19 @@ def merge(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Merge adapters that name different bases.")
     ] = False,
+    search: Annotated[str, typer.Option(help="Look for the weights: greedy or lorahub.")] = "",
+    evaluate: Annotated[
+        str, typer.Option(help="Command whose last line is the score of a trial; {model} is its directory.")
+    ] = "",
+    heldout: Annotated[
+        Path | None, typer.Option(help="Or text, on which a causal model's loss is the score.")
+    ] = None,
+    maximise: Annotated[
+        bool, typer.Option("--maximise/--minimise", help="Whether what --evaluate prints should be high.")
+    ] = True,
+    budget: Annotated[
+        int, typer.Option(help="Trials at most; 0: 2n − 1 for greedy, 40 for lorahub.", min=0)
+    ] = 0,
     threads: Annotated[int, typer.Option(help="0: one a core.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda for adapters.")] = "cpu",
     digests: Annotated[bool, typer.Option(help="Hash all inputs for the manifest.")] = True,
@@ -65,7 +81,9 @@ def merge(
 ) -> None:
     """Merge adapters or whole models that anyone made into one.
 
-    Broken off, the same command goes on where it was.
+    Inputs are directories of either kind, each with a name and a weight if you like: NAME=DIR:WEIGHT. Or one
+    file that says everything: a recipe in TOML, or a mergekit YAML. Broken off, the same command goes on where
+    it was.
 
     Example: weft merge --rule ties --density 0.2 --base ./base ./a ./b:0.5 --to ./merged
     """
@@ -85,12 +103,81 @@ def merge(
     }
     parameters = _parameters(param or [], density=density, scale=scale)
     understood = _understand(given, recipe, options, rule, parameters)
-    _run(understood, to, threads=threads, device=device, digests=digests, dry_run=dry_run, as_json=as_json)
+    scorer = _scorer(understood, search, evaluate, heldout, maximise=maximise, budget=budget)
+    _run(
+        understood,
+        to,
+        _Search(search, scorer, budget) if scorer is not None else None,
+        threads=threads,
+        device=device,
+        digests=digests,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Search:
+    """What a search was asked to be."""
+
+    method: str
+    scorer: Scorer
+    budget: int
+
+
+def _scorer(
+    recipe: Recipe, method: str, command: str, heldout: Path | None, *, maximise: bool, budget: int
+) -> Scorer | None:
+    if not method:
+        if command or heldout is not None or budget:
+            raise UsageError("there is nothing to evaluate without a search", hint="add --search greedy")
+        return None
+    if bool(command) == (heldout is not None):
+        raise UsageError(
+            "a search needs either a command or held-out text",
+            hint='add --evaluate "python score.py {model}", or --heldout FILE',
+        )
+    from weft.server.offline.scoring import CommandScorer, HeldoutScorer
+
+    if heldout is not None:
+        return HeldoutScorer(heldout, recipe.base)
+    return CommandScorer(command, higher_is_better=maximise)
+
+
+def _found(recipe: Recipe, to: Path, asked: _Search, options: Options, *, as_json: bool) -> Found:
+    from weft.server.offline.search import Method, Trial, search
+
+    if asked.method not in set(Method):
+        raise UsageError(f"there is no search {asked.method!r}", hint=f"use {' or '.join(Method)}")
+
+    def say(number: int, total: int, trial: Trial) -> None:
+        if not as_json:
+            weights = ", ".join(f"{weight:g}" for weight in trial.weights)
+            console.print(f"trial {number} of at most {total}: {_score(trial.score)} with weights {weights}")
+
+    found = search(
+        recipe,
+        to,
+        asked.scorer,
+        options,
+        method=Method(asked.method),
+        num_trials_max=asked.budget,
+        on_trial=say,
+    )
+    if not as_json:
+        again = f", {found.num_resumed} of them made before" if found.num_resumed else ""
+        console.print(f"best of {len(found.trials)} trials{again}: {_score(found.best.score)}")
+    return found
+
+
+def _score(score: float | None) -> str:
+    return "no finite score" if score is None else f"{score:.6g}"
 
 
 def _run(
     recipe: Recipe,
     to: Path | None,
+    asked: _Search | None,
     *,
     threads: int,
     device: str,
@@ -99,18 +186,24 @@ def _run(
     as_json: bool,
 ) -> None:
     from weft.server.offline import merging
+    from weft.server.offline.search import forget
 
     _check_device(device)
     plan = merging.make_plan(recipe, device=device)
-    options = merging.Options(threads=threads or merging.num_threads(), digests=digests)
+    options = merging.Options(threads=threads or merging.num_threads(), digests=digests, device=device)
     if dry_run:
         _print_estimate(merging.estimate(recipe, plan, options), as_json=as_json)
         return
     if to is None:
         raise UsageError("there is no --to", hint="add --to DIR, or --dry-run")
+    if asked is not None:
+        recipe = _found(recipe, to, asked, options, as_json=as_json).recipe
+        plan = merging.make_plan(recipe, device=device)
     with _progress(plan, shown=not as_json and console.is_terminal) as advance:
         result = merging.merge(recipe, plan, to, options, advance=advance)
-    _print_result(result, as_json=as_json)
+    if asked is not None:
+        forget(to)
+    _print_result(result, recipe.table.get("search"), as_json=as_json)
 
 
 def _check_device(device: str) -> None:
@@ -136,7 +229,11 @@ def _understand(
     from weft.server.offline.recipe import load_recipe, understand
 
     said = {key: value for key, value in options.items() if value not in ("", None, 0, False, "5GB")}
-    file = Path(given[0]) if len(given) == 1 and Path(given[0]).suffix in {".yml", ".yaml"} else None
+    file = None
+    if len(given) == 1 and Path(given[0]).suffix in {".yml", ".yaml"}:
+        file = Path(given[0])
+    elif recipe is None and len(given) == 1 and Path(given[0]).suffix == ".toml":
+        recipe, given = Path(given[0]), []
     if file is not None or recipe is not None:
         beside = [*said, *parameters, *(["rule"] if rule != "mean" else []), *(given if recipe else [])]
         if beside:
@@ -163,7 +260,7 @@ def _from_options(
     return dataclasses.replace(
         file,
         inputs=tuple(
-            InputSpec(path=str(path), name=name, weight=1.0 if weight is None else weight)
+            InputSpec(path=path, name=name, weight=1.0 if weight is None else weight)
             for name, path, weight in inputs
         ),
         merge=merge_settings(rule, parameters),
@@ -205,9 +302,10 @@ def _print_estimate(found: Estimate, *, as_json: bool) -> None:
     _print_notes(found.notes)
 
 
-def _print_result(result: Result, *, as_json: bool) -> None:
+def _print_result(result: Result, search: Mapping[str, Any] | None, *, as_json: bool) -> None:
     if as_json:
-        console.print_json(json.dumps(dataclasses.asdict(result)))
+        found = {} if search is None else {"search": search}
+        console.print_json(json.dumps(dataclasses.asdict(result) | found))
         return
     resumed = f", {result.num_resumed} of them done before" if result.num_resumed else ""
     console.print(f"{result.to}: {result.num_tensors} tensors{resumed}, in {result.seconds:.1f} s")
@@ -244,19 +342,37 @@ def _print_rules(*, as_json: bool) -> None:
             console.print(f"    {key}: {row[key]}")
 
 
+def _adapters(rule: MergeRule[Any]) -> str:
+    """What --lora can say."""
+    from weft.server.merge.settings import LoraSpace
+
+    if len(rule.spaces) > 1:
+        return "exact, dense, stack, factors"
+    return "exact" if LoraSpace.EXACT in rule.spaces else "dense, factors"
+
+
+def _cost(rule: MergeRule[Any]) -> str:
+    """What a rule asks of a worker beside its update."""
+    if rule.needs_grams:
+        return "not for rounds"
+    return "8 bits a parameter and a backward pass" if rule.needs_fisher else "none"
+
+
 def _rules() -> list[dict[str, str]]:
-    from weft.common.settings import to_table
+    from weft.common.settings import from_table, to_table
     from weft.server.merge.rules import RULES
     from weft.server.merge.settings import DEFAULT_PARAMETERS, MergeSettings
     from weft.server.offline.recipe import needs_base, offline_merge
 
     rows = []
     for name, rule in RULES.items():
-        settings = MergeSettings(**offline_merge({"rule": name}) | {"clip": "none"})
+        settings = from_table(MergeSettings, offline_merge({"rule": name.value}))
         parameters = to_table(DEFAULT_PARAMETERS[name])
-        needs = "the diagonal Fisher beside each update" if rule.needs_fisher else "nothing"
-        if not rule.needs_fisher and needs_base(settings):
-            needs = "the base, for whole models"
+        needs = "the base, for whole models" if needs_base(settings) else "nothing"
+        if rule.needs_fisher:
+            needs = "the diagonal Fisher beside each update"
+        if rule.needs_grams:
+            needs = "Grams of the inputs of each layer, in grams.safetensors beside each input"
         rows.append(
             {
                 "rule": name.value,
@@ -264,12 +380,10 @@ def _rules() -> list[dict[str, str]]:
                 "paper": rule.paper,
                 "parameters": ", ".join(f"{key} = {value}" for key, value in parameters.items()) or "none",
                 "needs": needs,
-                "cost for a worker": "8 bits a parameter and a backward pass"
-                if rule.needs_fisher
-                else "none",
+                "cost for a worker": _cost(rule),
                 "robust": "yes" if rule.robust else "no",
                 "secure aggregation": "yes" if rule.secure_aggregation else "no",
-                "adapters": "exact, dense, stack, factors" if rule.linear else "dense, factors",
+                "adapters": _adapters(rule),
             }
         )
     return rows

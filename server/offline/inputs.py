@@ -16,7 +16,7 @@ from typing import Any, Final
 from weft.common.base import CONFIG, TOKENIZER_FILES, base_file_names
 from weft.common.errors import BaseModelError, InputError, UsageError
 from weft.common.modules import LORA_A, LORA_B, TensorSpec
-from weft.server.offline.sources import FLOATS, Weights
+from weft.server.offline.sources import FLOAT8, FLOATS, Weights
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
@@ -25,14 +25,23 @@ HEADS: Final = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.w
 """Names of output layers, which models may share with their input embeddings."""
 _BUFFERS: Final = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias)$")
 """Tensors that older files carry and models make themselves."""
+_SCALES: Final = re.compile(r"(^|[._])scales?(_inv)?$")
+"""Names of what multiplies quantised weights."""
 _REFUSED: Final = {
     "use_dora": "DoRA adds a magnitude to each row, so that ΔW is no product of two factors",
     "lora_bias": "its factors have a bias of their own",
     "layer_replication": "it adapts copies of layers, which the base does not have",
     "use_qalora": "its factors are for grouped, quantised inputs",
     "alora_invocation_tokens": "it is active for a part of each text only",
+    "target_parameters": "it adapts parameters that are no linear layers",
+    "trainable_token_indices": "it replaces rows of the embeddings",
+    "kasa_config": "it changes the base's own singular values",
+    "use_bdlora": "its factors are block-diagonal",
+    "arrow_config": "it routes between adapters",
 }
 """What makes an adapter something other than ΔW = scaling · B A, by the key of adapter_config.json."""
+_MOVED_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights, or their beginnings, that subtract B A of the start from the base."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,12 +132,20 @@ def open_checkpoint(directory: Path, label: str) -> Checkpoint:
             f"{label} is quantised, and its tensors mean nothing without their scales",
             hint="dequantise it and save it in bfloat16 first",
         )
-    return Checkpoint(
-        directory=directory,
-        label=label,
-        weights=Weights(directory / name for name in names),
-        config=config,
-    )
+    weights = Weights(directory / name for name in names)
+    _refuse_scales(weights, label)
+    return Checkpoint(directory=directory, label=label, weights=weights, config=config)
+
+
+def _refuse_scales(weights: Weights, label: str) -> None:
+    """Eight-bit floats are weights, unless other tensors of the file say what they are to be multiplied by."""
+    if any(spec.dtype in FLOAT8 for spec in weights.specs.values()):
+        for name in weights.specs:
+            if _SCALES.search(name):
+                raise InputError(
+                    f"{label} holds eight-bit floats and {name}, which scales them",
+                    hint="dequantise it and save it in bfloat16 first",
+                )
 
 
 def open_adapter(directory: Path, label: str) -> Adapter:
@@ -165,6 +182,12 @@ def _check_adapter(config: Mapping[str, Any], label: str) -> None:
                 f"{label} has {key}: {reason}",
                 hint="merge each into its base with peft's merge_and_unload, then merge the models",
             )
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_MOVED_BASE):
+        raise InputError(
+            f"{label} began as {start}, which moves the base too: BA is not all that it changes",
+            hint="save it with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
     if config.get("bias", "none") != "none":
         raise InputError(
             f'{label} has bias = "{config["bias"]}": biases of the base are no part of ΔW',
@@ -235,8 +258,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def split_label(text: str) -> tuple[str, Path, float | None]:
-    """Read ``[NAME=]DIR[:WEIGHT]``; raises UsageError."""
+def split_label(text: str) -> tuple[str, str, float | None]:
+    """Read ``[NAME=]DIR[:WEIGHT]`` into the name, unset: the directory's, the rest as it stands; raises UsageError."""
     place, weight = text, None
     head, colon, tail = text.rpartition(":")
     if colon and not Path(text).exists():
@@ -249,4 +272,4 @@ def split_label(text: str) -> tuple[str, Path, float | None]:
     name, equals, path = place.partition("=")
     if not equals or Path(place).exists():
         name, path = Path(place).resolve().name, place
-    return name, Path(path).expanduser(), weight
+    return name, path, weight

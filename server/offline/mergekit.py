@@ -1,9 +1,9 @@
 """mergekit's YAML, taken as it is, for the methods that both have.
 
-What differs is refused by name: restacked slices, tokenizers that are merged, parameters that the engine has
-no like for. Random methods (DARE) draw from Weft's own counter-based masks, so that they agree in
-distribution and not element by element. Arithmetic is float32 also where ``dtype`` says bfloat16, which then
-is what the result is stored as.
+What differs is refused by name: slices that move layers to another place, tokenizers that are merged,
+parameters that the engine has no like for. Random methods (DARE, DELLA) draw from Weft's own counter-based
+masks, so that they agree on average and not element by element. Arithmetic is float32 also where ``dtype``
+says bfloat16, which then is what the result is stored as.
 
 Parameters may be numbers, lists (**gradients**: interpolated over the blocks of the model, the value of a
 tensor outside all blocks being the first), or lists of ``{filter, value}``, the first of which whose filter is
@@ -13,22 +13,27 @@ file's.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from weft.common.errors import RunFileError
-from weft.server.merge.settings import MergeSettings, Trim
-from weft.server.offline.inputs import block_of
+from weft.server.merge.settings import MergeRuleName, MergeSettings, Trim
+from weft.server.offline.inputs import HEADS, block_of
+from weft.server.offline.mergekit_shape import check_shape
 from weft.server.offline.recipe import (
     Choice,
+    Drop,
     Dtype,
     InputRef,
     Recipe,
+    Thinning,
     check_labels,
     merge_settings,
     parse_size,
@@ -41,6 +46,8 @@ _DTYPES: Final = {"float32": Dtype.FP32, "bfloat16": Dtype.BF16, "float16": Dtyp
 _IGNORED: Final = frozenset({"int8_mask"})
 """Parameters that change no result here."""
 _MULTIPLE_MAX: Final = 100.0
+_STRAIGHT_ABOVE: Final = 0.9995
+"""Cosines beyond this are interpolated along a straight line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +97,31 @@ class Parameters:
         for entry, value in zip(self.entries, values, strict=True):
             if value is None:
                 raise RunFileError(f"{entry.path} has no {key} for {place.tensor}", hint=f"give it a {key}")
-        return [float(value) for value in values]
+        return [_number(key, value) for value in values]
+
+    def shared_number(self, key: str, default: float, place: Place) -> float:
+        """A number that all inputs share; raises RunFileError if it is none."""
+        return _number(key, self.shared_value(key, default, place))
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise RunFileError(f"{key} is {value!r}", hint="write a number") from None
+
+
+Chooser: TypeAlias = Callable[[Parameters, Place], Choice]
+"""How a tensor is merged."""
+Thinner: TypeAlias = Callable[[Parameters, Place], list[Thinning]]
+"""What of each input's movement of a tensor is dropped first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """One row of ``METHODS``."""
 
-    choose: Callable[[Parameters, Place], Choice]
+    choose: Chooser
     """How a tensor is merged."""
     parameters: frozenset[str]
     """What the method knows."""
@@ -122,9 +146,10 @@ def load_mergekit(path: Path, *, resolve: Callable[[str], Path]) -> Recipe:
         raise RunFileError(f"cannot read {path}: {error}") from error
     if not isinstance(table, Mapping):
         raise RunFileError(f"{path} is not a merge: it holds no keys", hint="see docs/merge.md")
+    check_shape(table)
     _refuse(table.keys() - _TOP, "key", _TOP)
     method = _method(table)
-    entries, shared = _entries(table)
+    entries, shared = _stacked_entries(table) if method.choose is _passthrough else _entries(table)
     base = _reference(table["base_model"]) if table.get("base_model") else None
     if table.get("tokenizer_source", "base") not in (None, "base", base):
         raise RunFileError(
@@ -155,7 +180,7 @@ def _recipe(
     for mapping in (*shared, *(entry.parameters for entry in entries)):
         _refuse(mapping.keys() - method.parameters - _IGNORED, "parameter", method.parameters)
     parameters = Parameters(shared=shared, entries=others)
-    inputs = tuple(InputRef(label=_label(entry.path, others), path=resolve(entry.path)) for entry in others)
+    inputs = tuple(InputRef(label=_label(entry, others), path=resolve(entry.path)) for entry in others)
     check_labels(inputs)
     dtype = table.get("out_dtype") or table.get("dtype")
     if dtype is not None and dtype not in _DTYPES:
@@ -165,7 +190,7 @@ def _recipe(
         base=resolve(base) if base is not None and method.with_base else None,
         onto=None,
         relative=method.with_base,
-        choose=lambda tensor, num_blocks: method.choose(parameters, Place(tensor, num_blocks)),
+        choose=partial(_choose, method, parameters, _depth(table)),
         uniform=None,
         dtype=_DTYPES.get(str(dtype)),
         lora=None,
@@ -177,10 +202,28 @@ def _recipe(
     )
 
 
+def _choose(
+    method: Method, parameters: Parameters, depth: int | None, tensor: str, num_blocks: int
+) -> Choice:
+    if depth not in (None, num_blocks):
+        raise RunFileError(
+            f"the slices end at layer {depth} and the models have {num_blocks}",
+            hint="models of another depth are not made here: take all layers",
+        )
+    return method.choose(parameters, Place(tensor, num_blocks))
+
+
+def _depth(table: Mapping[str, Any]) -> int | None:
+    """Layers of the model that slices make."""
+    sources = [source for slice_ in table.get("slices", ()) for source in slice_["sources"]]
+    return max((source["layer_range"][1] for source in sources), default=None)
+
+
 def _refuse(unknown: set[str], kind: str, known: frozenset[str]) -> None:
     if unknown:
         raise RunFileError(
-            f"the {kind} {min(unknown)} is not understood here", hint=f"known: {', '.join(sorted(known))}"
+            f"the {kind} {min(map(str, unknown))} is not understood here",
+            hint=f"known: {', '.join(sorted(known))}",
         )
 
 
@@ -213,9 +256,70 @@ def _entries(table: Mapping[str, Any]) -> tuple[list[Entry], list[Mapping[str, A
     return [_entry(each) for each in slice_["sources"]], [slice_.get("parameters") or {}, *shared]
 
 
-def _entry(table: Any) -> Entry:
-    if not isinstance(table, Mapping) or "model" not in table:
-        raise RunFileError(f"{table!r} is not a model", hint="write - model: DIR")
+@dataclass(frozen=True, slots=True)
+class Stacked(Entry):
+    """A model of which some blocks are taken, where they are."""
+
+    blocks: range
+    """Which."""
+    first: bool
+    """Whether what is before the blocks, the embeddings, is taken too."""
+    last: bool
+    """Whether what is behind the blocks, the last norm and the head, is taken too."""
+
+    def gives(self, place: Place) -> bool:
+        """Whether a tensor is taken from it."""
+        block = block_of(place.tensor)
+        if block is not None:
+            return block in self.blocks
+        return self.first if "embed" in place.tensor and place.tensor not in HEADS else self.last
+
+
+def _stacked_entries(table: Mapping[str, Any]) -> tuple[list[Entry], list[Mapping[str, Any]]]:
+    """The slices of a model of the same depth, each a model's own."""
+    shared = [table.get("parameters") or {}]
+    if ("models" in table) == ("slices" in table):
+        raise RunFileError("there must be either models or slices", hint="list the slices under slices:")
+    if "models" in table:
+        return [_entry(each) for each in table["models"]], shared
+    entries: list[Entry] = []
+    depth = 0
+    for number, slice_ in enumerate(table["slices"]):
+        _refuse(
+            slice_.keys() - {"sources", "parameters"}, "key of a slice", frozenset({"sources", "parameters"})
+        )
+        if len(slice_["sources"]) != 1:
+            raise RunFileError(
+                "a slice of passthrough has one source", hint="use another merge_method to merge"
+            )
+        source = slice_["sources"][0]
+        entry = _entry(source)
+        start, stop = source.get("layer_range") or (None, None)
+        if not (isinstance(start, int) and isinstance(stop, int) and start < stop):
+            raise RunFileError(
+                f"a slice of {entry.path} has no layer_range", hint="write layer_range: [0, 16]"
+            )
+        if start != depth:
+            raise RunFileError(
+                f"layers {start} to {stop} of {entry.path} would become {depth} to {depth + stop - start}",
+                hint="models of another depth are not made here: layers keep their places",
+            )
+        depth = stop
+        parameters = {**shared[0], **(slice_.get("parameters") or {}), **entry.parameters}
+        if any(_is_gradient(each) for each in parameters.values()):
+            raise RunFileError(
+                "a slice of passthrough has a gradient", hint="cut it into slices with a number each"
+            )
+        last = number == len(table["slices"]) - 1
+        entries.append(Stacked(entry.path, parameters, range(start, stop), first=number == 0, last=last))
+    return entries, shared
+
+
+def _is_gradient(setting: Any) -> bool:
+    return isinstance(setting, list) and not any(isinstance(each, Mapping) for each in setting)
+
+
+def _entry(table: Mapping[str, Any]) -> Entry:
     return Entry(_reference(table["model"]), table.get("parameters") or {})
 
 
@@ -234,9 +338,11 @@ def _reference(value: Any) -> str:
     return text
 
 
-def _label(path: str, entries: Sequence[Entry]) -> str:
-    name = Path(path).resolve().name
-    return name if sum(Path(entry.path).resolve().name == name for entry in entries) == 1 else path
+def _label(entry: Entry, entries: Sequence[Entry]) -> str:
+    name = Path(entry.path).resolve().name
+    if len({each.path for each in entries if Path(each.path).resolve().name == name}) > 1:
+        name = entry.path
+    return f"{name}[{entry.blocks.start}:{entry.blocks.stop}]" if isinstance(entry, Stacked) else name
 
 
 # -- values ------------------------------------------------------------------------------------------------
@@ -280,14 +386,8 @@ def _interpolate(values: Sequence[Any], depth: float) -> Any:
 # -- methods -----------------------------------------------------------------------------------------------
 
 
-def _scaled(
-    settings: MergeSettings,
-    weights: Sequence[float],
-    multiple: float,
-    trims: tuple[Trim | None, ...] | None = None,
-) -> Choice:
+def _scaled(settings: MergeSettings, weights: Sequence[float], multiple: float) -> Choice:
     """``multiple`` · Σ w τ: the engine divides by Σ |w|."""
-    sign = -1.0 if multiple < 0 else 1.0
     total = abs(multiple) * math.fsum(abs(weight) for weight in weights)
     if not total:
         return Choice(settings=settings, weights=(0.0,) * len(weights))
@@ -296,43 +396,20 @@ def _scaled(
             f"the weights {list(weights)} multiply movements by {total:g}",
             hint="their sum is nearly 0, or too large",
         )
-    return Choice(
-        settings=settings, weights=tuple(sign * weight for weight in weights), multiple=total, trims=trims
-    )
+    sign = math.copysign(1.0, multiple)
+    return Choice(settings=settings, weights=tuple(sign * weight for weight in weights), multiple=total)
 
 
-def _divisor(parameters: Parameters, weights: Sequence[float], place: Place, *, normalize: bool) -> float:
-    """Σ w where weights are normalised (1 where that is 0), else 1."""
-    if not parameters.shared_value("normalize", normalize, place):
-        return 1.0
+def _divisor(weights: Sequence[float]) -> float:
+    """Σ w, or 1 where that is 0."""
     total = math.fsum(weights)
     return total if abs(total) >= 1e-8 else 1.0
 
 
 def _linear(parameters: Parameters, place: Place) -> Choice:
     weights = parameters.own_values("weight", None, place)
-    return _scaled(
-        merge_settings("mean", {}), weights, 1 / _divisor(parameters, weights, place, normalize=True)
-    )
-
-
-def _task_arithmetic(parameters: Parameters, place: Place) -> Choice:
-    weights = parameters.own_values("weight", None, place)
-    scale = float(parameters.shared_value("lambda", 1.0, place))
-    divisor = _divisor(parameters, weights, place, normalize=False)
-    return _scaled(merge_settings("mean", {}), weights, scale / divisor)
-
-
-def _breadcrumbs(parameters: Parameters, place: Place) -> Choice:
-    densities = parameters.own_values("density", 1.0, place)
-    gammas = parameters.own_values("gamma", 0.01, place)
-    choice = _task_arithmetic(parameters, place)
-    trims = tuple(
-        None if density >= 1 else Trim(density=density, keeps_ties=False, outliers=min(gamma, 1 - density))
-        for density, gamma in zip(densities, gammas, strict=True)
-    )
-    _refuse_rescale(parameters, place, default=False)
-    return Choice(settings=choice.settings, weights=choice.weights, multiple=choice.multiple, trims=trims)
+    divisor = _divisor(weights) if parameters.shared_value("normalize", True, place) else 1.0
+    return _scaled(merge_settings("mean", {}), weights, 1 / divisor)
 
 
 def _refuse_rescale(parameters: Parameters, place: Place, *, default: bool) -> None:
@@ -342,51 +419,107 @@ def _refuse_rescale(parameters: Parameters, place: Place, *, default: bool) -> N
         )
 
 
-def _ties(parameters: Parameters, place: Place) -> Choice:
-    weights = parameters.own_values("weight", None, place)
-    densities = parameters.own_values("density", 1.0, place)
+def _keep_all(parameters: Parameters, _place: Place) -> list[Thinning]:
+    return [None] * len(parameters.entries)
+
+
+def _magnitude(parameters: Parameters, place: Place) -> list[Thinning]:
+    """The largest of each tensor."""
     _refuse_rescale(parameters, place, default=False)
-    if not parameters.shared_value("normalize", True, place):
-        raise RunFileError("normalize is false, and ties is an average here", hint="set normalize: true")
+    return [_trim(density) for density in parameters.own_values("density", 1.0, place)]
+
+
+def _without_outliers(parameters: Parameters, place: Place) -> list[Thinning]:
+    """The largest but for the very largest."""
+    _refuse_rescale(parameters, place, default=False)
+    densities = parameters.own_values("density", 1.0, place)
+    gammas = parameters.own_values("gamma", 0.01, place)
+    return [_trim(density, gamma) for density, gamma in zip(densities, gammas, strict=True)]
+
+
+def _trim(density: float, outliers: float = 0.0) -> Trim | None:
+    return None if density >= 1 else Trim(density=density, keeps_ties=False, outliers=outliers)
+
+
+def _by_chance(parameters: Parameters, place: Place) -> list[Thinning]:
+    """DARE."""
+    _refuse_rescale(parameters, place, default=True)
+    densities = parameters.own_values("density", 1.0, place)
+    return [None if density >= 1 else Drop(density=density) for density in densities]
+
+
+def _by_rank(parameters: Parameters, place: Place) -> list[Thinning]:
+    """DELLA."""
+    _refuse_rescale(parameters, place, default=True)
+    densities = parameters.own_values("density", 1.0, place)
+    spreads = parameters.own_values("epsilon", 0.15, place)
+    return [_ranked(density, spread) for density, spread in zip(densities, spreads, strict=True)]
+
+
+def _ranked(density: float, spread: float) -> Drop | None:
+    if density >= 1:
+        return None
+    if density > 0 and not (0 <= spread < density and density + spread < 1):
+        raise RunFileError(
+            f"density {density} ± epsilon {spread} are no chances", hint="keep both between 0 and 1"
+        )
+    return Drop(density=density, spread=spread)
+
+
+def _arithmetic(thin: Thinner, *, elect: bool = False, normalize: bool = False) -> Chooser:
+    """Thin each movement, elect signs or not, add up with weights, divide by them or not, multiply by lambda."""
+
+    def choose(parameters: Parameters, place: Place) -> Choice:
+        weights = parameters.own_values("weight", None, place)
+        densities = parameters.own_values("density", 1.0, place)
+        scale = parameters.shared_number("lambda", 1.0, place)
+        thinnings = tuple(thin(parameters, place))
+        # An input of which nothing stays adds nothing, and still counts in what a sum is divided by.
+        active = [weight if density > 0 else 0.0 for weight, density in zip(weights, densities, strict=True)]
+        average = bool(parameters.shared_value("normalize", normalize, place))
+        if not elect:
+            divisor = _divisor(weights) if average else 1.0
+            return _thinned(_scaled(merge_settings("mean", {}), active, scale / divisor), thinnings)
+        if average:
+            return _thinned(_agreeing_average(active, scale), thinnings)
+        table = {"convention": "mergekit", "density": 1.0, "average": False}
+        return _thinned(_scaled(merge_settings("ties", table), active, scale), thinnings)
+
+    return choose
+
+
+def _thinned(choice: Choice, thinnings: tuple[Thinning, ...]) -> Choice:
+    """What is trimmed alike for TIES is trimmed by the engine, which does it on several threads."""
+    first = thinnings[0]
+    settings = choice.settings
+    if settings.rule is MergeRuleName.TIES:
+        alike = isinstance(first, Trim) and not first.outliers and first.density > 0
+        if alike and thinnings.count(first) == len(thinnings):
+            assert isinstance(first, Trim) and settings.ties is not None  # noqa: S101, PT018
+            ties = dataclasses.replace(settings.ties, density=first.density)
+            return dataclasses.replace(choice, settings=dataclasses.replace(settings, ties=ties))
+        return dataclasses.replace(choice, thinnings=thinnings)
+    return dataclasses.replace(choice, thinnings=thinnings) if any(thinnings) else choice
+
+
+def _agreeing_average(weights: Sequence[float], scale: float) -> Choice:
     if any(weight < 0 for weight in weights):
         raise RunFileError(
-            "ties has a negative weight, and divides by the weights", hint="use task_arithmetic"
+            "a weight is negative, and what agrees is divided by the weights", hint="set normalize: false"
         )
-    weights = [weight if density > 0 else 0.0 for weight, density in zip(weights, densities, strict=True)]
-    same = len(set(densities)) == 1 and 0 < densities[0] < 1
-    table = {"convention": "mergekit", "density": densities[0] if same else 1.0}
-    choice = Choice(settings=merge_settings("ties", table), weights=tuple(weights))
-    scale = float(parameters.shared_value("lambda", 1.0, place))
-    if not scale:
-        return Choice(settings=choice.settings, weights=(0.0,) * len(weights))
-    trims = tuple(
-        Trim(density=density, keeps_ties=False) if 0 < density < 1 else None for density in densities
-    )
-    return Choice(
-        settings=choice.settings,
-        weights=tuple(math.copysign(weight, weight * scale) for weight in weights),
-        multiple=abs(scale),
-        trims=None if same else trims,
-    )
-
-
-def _dare_linear(parameters: Parameters, place: Place) -> Choice:
-    densities = parameters.own_values("density", 1.0, place)
-    if len(set(densities)) > 1:
-        raise RunFileError("dare_linear has different densities", hint="give all models the same density")
-    _refuse_rescale(parameters, place, default=True)
-    choice = _task_arithmetic(parameters, place)
-    settings = merge_settings("dare", {"density": min(1.0, densities[0])})
-    return Choice(settings=settings, weights=choice.weights, multiple=choice.multiple)
+    choice = _scaled(merge_settings("ties", {"convention": "mergekit", "density": 1.0}), weights, scale)
+    return dataclasses.replace(choice, multiple=abs(scale)) if any(choice.weights) else choice
 
 
 def _slerp(parameters: Parameters, place: Place) -> Choice:
     if len(parameters.entries) != 2:
         raise RunFileError("slerp takes two models, one of them the base", hint="list both under models:")
-    t = parameters.shared_value("t", None, place)
-    if t is None or not 0 <= float(t) <= 1:
-        raise RunFileError(f"t of slerp is {t} for {place.tensor}", hint="use 0 to 1")
-    return Choice(settings=merge_settings("slerp", {}), weights=(1 - float(t), float(t)))
+    t = parameters.shared_number("t", math.nan, place)
+    if not 0 <= t <= 1:
+        said = "missing" if math.isnan(t) else f"{t:g}"
+        raise RunFileError(f"t of slerp is {said} for {place.tensor}", hint="use 0 to 1")
+    settings = merge_settings("slerp", {"straight_above": _STRAIGHT_ABOVE})
+    return Choice(settings=settings, weights=(1 - t, t))
 
 
 def _model_stock(parameters: Parameters, place: Place) -> Choice:
@@ -394,31 +527,56 @@ def _model_stock(parameters: Parameters, place: Place) -> Choice:
         raise RunFileError("filter_wise is not done here", hint="remove it: tensors are weighed whole")
     if len(parameters.entries) < 2:
         raise RunFileError("model_stock takes two models or more beside the base", hint="list them")
-    return Choice(settings=merge_settings("model_stock", {}), weights=(1.0,) * len(parameters.entries))
+    settings = merge_settings("model_stock", {"clamp": False})
+    return Choice(settings=settings, weights=(1.0,) * len(parameters.entries))
 
 
+def _passthrough(parameters: Parameters, place: Place) -> Choice:
+    entries = parameters.entries
+    if len(entries) != 1 and not isinstance(entries[0], Stacked):
+        raise RunFileError(
+            "passthrough takes one model, or slices", hint="write slices, or another merge_method"
+        )
+    scales = parameters.own_values("scale", 1.0, place)
+    weights = [
+        scale if not isinstance(each, Stacked) or each.gives(place) else 0.0
+        for each, scale in zip(entries, scales, strict=True)
+    ]
+    return _scaled(merge_settings("mean", {}), weights, 1.0)
+
+
+_SUMS: Final = frozenset({"weight", "density", "normalize", "rescale", "lambda"})
+_CHANCE: Final = (
+    "what is dropped is drawn from Weft's own masks, and what stays divided by its chance: "
+    "the same on average as mergekit, not element by element"
+)
 METHODS: Final[Mapping[str, Method]] = {
     "linear": Method(choose=_linear, parameters=frozenset({"weight", "normalize"}), with_base=False),
-    "task_arithmetic": Method(
-        choose=_task_arithmetic, parameters=frozenset({"weight", "normalize", "lambda"}), with_base=True
-    ),
+    "task_arithmetic": Method(choose=_arithmetic(_keep_all), parameters=_SUMS, with_base=True),
     "ties": Method(
-        choose=_ties,
-        parameters=frozenset({"weight", "density", "normalize", "lambda", "rescale"}),
-        with_base=True,
+        choose=_arithmetic(_magnitude, elect=True, normalize=True), parameters=_SUMS, with_base=True
     ),
     "breadcrumbs": Method(
-        choose=_breadcrumbs,
-        parameters=frozenset({"weight", "density", "gamma", "normalize", "lambda", "rescale"}),
-        with_base=True,
+        choose=_arithmetic(_without_outliers), parameters=_SUMS | {"gamma"}, with_base=True
     ),
-    "dare_linear": Method(
-        choose=_dare_linear,
-        parameters=frozenset({"weight", "density", "normalize", "lambda", "rescale"}),
+    "breadcrumbs_ties": Method(
+        choose=_arithmetic(_without_outliers, elect=True), parameters=_SUMS | {"gamma"}, with_base=True
+    ),
+    "dare_linear": Method(choose=_arithmetic(_by_chance), parameters=_SUMS, with_base=True, note=_CHANCE),
+    "dare_ties": Method(
+        choose=_arithmetic(_by_chance, elect=True), parameters=_SUMS, with_base=True, note=_CHANCE
+    ),
+    "della": Method(
+        choose=_arithmetic(_by_rank, elect=True, normalize=True),
+        parameters=_SUMS | {"epsilon"},
         with_base=True,
-        note="DARE draws from Weft's own masks and divides by the density: the same on average, not element by element",
+        note=_CHANCE,
+    ),
+    "della_linear": Method(
+        choose=_arithmetic(_by_rank), parameters=_SUMS | {"epsilon"}, with_base=True, note=_CHANCE
     ),
     "slerp": Method(choose=_slerp, parameters=frozenset({"t"}), with_base=False, base_first=True),
+    "passthrough": Method(choose=_passthrough, parameters=frozenset({"scale"}), with_base=False),
     "model_stock": Method(choose=_model_stock, parameters=frozenset({"filter_wise"}), with_base=True),
 }
 """The methods that both have."""

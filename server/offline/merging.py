@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,7 @@ from blake3 import blake3
 from weft.common.errors import UsageError
 from weft.common.ids import digest
 from weft.common.tensors import DTYPES
+from weft.server.merge.rule import Scope
 from weft.server.merge.rules import RULES
 from weft.server.merge.selection import BLOCK_ELEMENTS
 from weft.server.merge.tiles import Float32
@@ -29,12 +30,14 @@ from weft.server.offline.output import Done, Output, Shard, plan_shards
 from weft.server.offline.plan import Plan
 from weft.server.offline.recipe import Recipe
 from weft.server.offline.sources import Weights
-from weft.server.offline.units import Unit
+from weft.server.offline.units import Loss, Unit
 
 MANIFEST: Final = "merge.json"
 _SAMPLE_ELEMENTS: Final = 1 << 21
 _SCRATCH_ARRAYS: Final = 24
 """Arrays of a tile's length that a thread holds, generously."""
+_WHOLE_ARRAYS: Final = 8
+"""Float64 arrays of a tensor's length that a rule of a wider scope holds beside one for each input, at most."""
 _CANDIDATES: Final = 0.06
 """Share of a tensor that selecting a threshold gathers, at most."""
 
@@ -49,6 +52,8 @@ class Options:
     """Hash every input tensor for the manifest."""
     device: str = "cpu"
     """cpu, or cuda for adapters."""
+    durable: bool = True
+    """Wait until the result is on the disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,22 +143,24 @@ def merge(
         UsageError: ``to`` exists.
     """
     began = clock()
-    with Output(to, _shards(recipe, plan), _identity(recipe, plan), advance=advance) as output:
+    with Output(
+        to, _shards(recipe, plan), _identity(recipe, plan), advance=advance, durable=options.durable
+    ) as output:
         resumed = set(output.done)
         sizes = {spec.name: spec.size * DTYPES[spec.dtype].itemsize for spec in plan.specs}
-        with ThreadPoolExecutor(options.threads) as pool:
+        # The notary hashes what was read and written while the next unit is merged.
+        with ThreadPoolExecutor(options.threads) as pool, ThreadPoolExecutor(1) as notary:
+            noted: list[Future[None]] = []
             for unit in plan.units:
                 if unit.name in resumed:
                     advance(sum(sizes[name] for name in unit.outputs))
                     continue
                 loss = unit.merge(output, threads=options.threads)
-                output.finish_unit(
-                    unit.name,
-                    unit.outputs,
-                    _digests(pool, unit) if options.digests else {},
-                    lost_square_sum=loss.lost_square_sum,
-                    total_square_sum=loss.total_square_sum,
-                )
+                noted.append(notary.submit(_note, output, pool, unit, loss, digests=options.digests))
+                if len(noted) > 1:
+                    noted.pop(0).result()
+            for note in noted:
+                note.result()
         error = _truncation_error(output.done.values())
         manifest = _manifest(recipe, plan, output.done, truncation_error=error)
         output.publish(
@@ -203,7 +210,10 @@ def _shards(recipe: Recipe, plan: Plan) -> tuple[Shard, ...]:
 def _memory(recipe: Recipe, largest: Unit, options: Options) -> int:
     rows = 0 if recipe.uniform and RULES[recipe.uniform.settings.rule].row_by_row else 2 * len(recipe.inputs)
     tiles = options.threads * (_SCRATCH_ARRAYS + rows) * BLOCK_ELEMENTS * 4
-    return tiles + int(options.threads * _CANDIDATES * largest.num_elements * 4)
+    whole = 0
+    if recipe.uniform and RULES[recipe.uniform.settings.rule].scope is not Scope.TILE:
+        whole = (_WHOLE_ARRAYS + len(recipe.inputs)) * largest.num_elements * 8
+    return tiles + int(options.threads * _CANDIDATES * largest.num_elements * 4) + whole
 
 
 class _Nowhere:
@@ -214,6 +224,17 @@ class _Nowhere:
 
     def store(self, name: str, start: int, stored: npt.NDArray[Any]) -> None:
         """Forget it."""
+
+
+def _note(output: Output, pool: ThreadPoolExecutor, unit: Unit, loss: Loss, *, digests: bool) -> None:
+    """Enter a merged unit into the journal."""
+    output.finish_unit(
+        unit.name,
+        unit.outputs,
+        _digests(pool, unit) if digests else {},
+        lost_square_sum=loss.lost_square_sum,
+        total_square_sum=loss.total_square_sum,
+    )
 
 
 def _digests(pool: ThreadPoolExecutor, unit: Unit) -> dict[str, dict[str, str]]:
@@ -234,18 +255,23 @@ def _truncation_error(units: Iterable[Done]) -> float | None:
     return float(np.sqrt(sum(lost for lost, _ in losses) / total)) if total else None
 
 
-def _identity(recipe: Recipe, plan: Plan) -> str:
-    """Digest of all that decides the result: the recipe, the program, and the inputs' files as they are now."""
+def files_of(recipe: Recipe) -> list[tuple[str, int, int]]:
+    """(path, bytes, time of change in ns) of all files that decide what a merge makes of the inputs."""
     directories = [each.path for each in recipe.inputs]
     directories += [each for each in (recipe.base, recipe.onto) if each is not None]
-    files = [
+    return [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for directory in directories
-        for path in sorted(directory.glob("*.safetensors"))
+        for pattern in ("*.safetensors", "*config.json")
+        for path in sorted(directory.glob(pattern))
     ]
+
+
+def _identity(recipe: Recipe, plan: Plan) -> str:
+    """Digest of all that decides the result: the recipe, the program, and the inputs' files as they are now."""
     specs = [(spec.name, spec.dtype, spec.shape) for spec in plan.specs]
     units = [unit.name for unit in plan.units]
-    said = [recipe.table, files, specs, units, importlib.metadata.version("weft")]
+    said = [recipe.table, files_of(recipe), specs, units, importlib.metadata.version("weft")]
     return blake3(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -286,9 +312,17 @@ def _card(recipe: Recipe, plan: Plan) -> str:
         "## Inputs",
         "\n".join(inputs),
         "## Recipe",
-        f"```json\n{json.dumps(recipe.table, indent=2)}\n```",
+        f"```json\n{json.dumps(_short(recipe.table), indent=2)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _short(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without the trials of its search."""
+    short = dict(table)
+    if "search" in short:
+        short["search"] = {key: value for key, value in short["search"].items() if key != "trials"}
+    return short
 
 
 def num_threads() -> int:

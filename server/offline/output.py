@@ -32,8 +32,11 @@ from weft.server.merge.tiles import Float32
 from weft.server.offline.sources import is_finite
 
 JOURNAL: Final = "journal.jsonl"
-_READ_BYTES: Final = 8 << 20
+_READ_BYTES: Final = 1 << 18
+"""What is hashed at once: it fits a core's second-level cache."""
 _METADATA: Final = {"format": "pt"}
+_INFINITY: Final = {"F16": 0x7C00, "BF16": 0x7F80}
+"""Its bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,7 @@ class Output:
         shards: Its weight files.
         identity: Digest of everything that decides the result: another merge's remains are refused.
         advance: Told how many bytes of the result were written.
+        durable: Wait until all of it is on the disk.
 
     Raises:
         UsageError: ``to`` holds something, or the remains are of another merge.
@@ -116,16 +120,28 @@ class Output:
     """
 
     def __init__(
-        self, to: Path, shards: Sequence[Shard], identity: str, *, advance: Callable[[int], None]
+        self,
+        to: Path,
+        shards: Sequence[Shard],
+        identity: str,
+        *,
+        advance: Callable[[int], None],
+        durable: bool = True,
     ) -> None:
-        self._to, self._shards, self._advance = to, shards, advance
+        self._to, self._shards, self._advance, self._durable = to, shards, advance, durable
+        with _storage_errors(to):
+            check_free(to)
         self.partial = to.with_name(f"{to.name}.partial")
         self._places = {name: (shard, entry) for shard in shards for name, entry in shard.entries.items()}
         self._stack = contextlib.ExitStack()
         self._files: dict[str, BinaryIO] = {}
-        with _storage_errors(to):
-            self._journal = self._open(identity)
-        self.done = self._resume(identity)
+        try:
+            with _storage_errors(to):
+                self._journal = self._open(identity)
+            self.done = self._resume(identity)
+        except BaseException:
+            self._stack.close()
+            raise
 
     def __enter__(self) -> Output:
         return self
@@ -134,8 +150,6 @@ class Output:
         self._stack.close()
 
     def _open(self, identity: str) -> BinaryIO:
-        if self._to.exists() and not (self._to.is_dir() and not any(self._to.iterdir())):
-            raise UsageError(f"{self._to} exists", hint="give a directory that does not exist yet")
         fresh = not (self.partial / JOURNAL).exists()
         if fresh and self.partial.exists() and any(self.partial.iterdir()):
             raise UsageError(
@@ -160,14 +174,16 @@ class Output:
 
     def _resume(self, identity: str) -> dict[str, Done]:
         self._journal.seek(0)
-        first, *lines = self._journal.read().split(b"\n")
+        first, *lines = (content := self._journal.read()).split(b"\n")
         if json.loads(first).get("merge") != identity:
             raise UsageError(
                 f"{self.partial} was begun by another merge, or its inputs have changed since",
                 hint=f"rm -r {self.partial}",
             )
+        # A last line without its end was torn by a crash; the next one is not to be its end.
+        self._journal.truncate(len(content) - len(lines.pop()))
         found = {}
-        for line in lines[:-1]:  # a last line without its end was torn by a crash
+        for line in lines:
             record = json.loads(line)
             name = record.pop("unit")
             done = Done(**record)
@@ -183,7 +199,7 @@ class Output:
         """
         dtype = self._places[name][1].spec.dtype
         stored = _stored(values, dtype)
-        if not is_finite(values if dtype != "F16" else stored.astype(np.float32)):
+        if not _all_finite(stored, dtype):
             raise ComputeError(
                 f"the merged {name} is not finite as {dtype}, near element {start}",
                 hint="an input holds NaN or infinity there, or --dtype has too small a range: use bf16 or fp32",
@@ -224,12 +240,13 @@ class Output:
     def _digest(self, name: str) -> str:
         shard, entry = self._places[name]
         hasher, offset, stop = blake3(), shard.data_start + entry.start, shard.data_start + entry.stop
+        buffer = memoryview(bytearray(_READ_BYTES))
         while offset < stop:
-            part = os.pread(self._files[shard.name].fileno(), min(_READ_BYTES, stop - offset), offset)
-            if not part:
+            count = os.preadv(self._files[shard.name].fileno(), [buffer[: stop - offset]], offset)
+            if not count:
                 return ""  # shorter than it should be: it does not hold what was written
-            hasher.update(part)
-            offset += len(part)
+            hasher.update(buffer[:count])
+            offset += count
         return hasher.hexdigest()
 
     def publish(self, files: Mapping[str, bytes | Path]) -> None:
@@ -241,10 +258,11 @@ class Output:
                 else:
                     (self.partial / name).write_bytes(content)
             (self.partial / JOURNAL).unlink()
-            for path in (*self.partial.iterdir(), self.partial):
+            for path in (*self.partial.iterdir(), self.partial) if self._durable else ():
                 _sync(path)
             self.partial.replace(self._to)
-            _sync(self._to.resolve().parent)
+            if self._durable:
+                _sync(self._to.resolve().parent)
 
     def _index(self) -> dict[str, bytes | Path]:
         if len(self._shards) == 1:
@@ -267,6 +285,14 @@ def _stored(values: Float32, dtype: str) -> npt.NDArray[Any]:
     raise ValueError(f"results are not stored as {dtype}")
 
 
+def _all_finite(stored: npt.NDArray[Any], dtype: str) -> bool:
+    if dtype == "F32":
+        return is_finite(stored)
+    # All bits of the exponent are set in infinity and NaN alone.
+    largest = np.bitwise_and(stored.view(np.uint16), 0x7FFF).max(initial=0)
+    return bool(largest < _INFINITY[dtype])
+
+
 def _create(directory: Path, shard: Shard) -> BinaryIO:
     path = directory / shard.name
     file = path.open("r+b" if path.exists() else "w+b", buffering=0)
@@ -279,6 +305,14 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
+
+
+def check_free(to: Path) -> None:
+    """Raise UsageError if there is something at the place of a result."""
+    if not to.name:
+        raise UsageError(f"{to} is a directory already", hint="give a name: --to ./merged")
+    if to.exists() and not (to.is_dir() and not any(to.iterdir())):
+        raise UsageError(f"{to} exists", hint="give a directory that does not exist yet")
 
 
 def _check_space(directory: Path, needed: int) -> None:

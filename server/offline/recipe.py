@@ -23,6 +23,7 @@ density = 0.2
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 import re
@@ -30,18 +31,29 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from weft.common.errors import RunFileError, UsageError
 from weft.common.settings import from_table, to_table
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import Clip, MergeRuleName, MergeSettings, Trim
+from weft.server.merge.tiles import InputGrams
+from weft.server.offline.arithmetic import parse_expression
+from weft.server.offline.grams import open_grams
+from weft.server.offline.layers import LayersSpec, check_layers, layer_weights
 
 _UNBOUNDED: Final = 1e9
 _MULTIPLE_MAX: Final = 100.0
 """What the engine multiplies a movement by at most."""
 _BASE_FREE: Final = frozenset(
-    {MergeRuleName.MEAN, MergeRuleName.SLERP, MergeRuleName.MEDIAN, MergeRuleName.TRIMMED_MEAN}
+    {
+        MergeRuleName.MEAN,
+        MergeRuleName.SLERP,
+        MergeRuleName.MEDIAN,
+        MergeRuleName.TRIMMED_MEAN,
+        MergeRuleName.REGMEAN,
+        MergeRuleName.LEAST_SQUARES,
+    }
 )
 """Rules that mean the same of whole weights as of movements, or are defined for whole weights."""
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
@@ -97,20 +109,38 @@ class RecipeFile:
     dtype: Dtype | None = None
     """fp32, bf16 or fp16; unset: that of each tensor of the base, or of the first input."""
     lora: LoraMode | None = None
-    """exact, dense, stack or factors; unset: exact for rules that are linear, dense for others."""
+    """exact, dense, stack or factors; unset: exact where the rule can, dense for others."""
     rank: int = 0
     """Rank of the merged adapter; 0: the largest of the inputs, and with stack their sum."""
     shard_size: str = "5GB"
     """Longest weight file."""
     any_base: bool = False
     """Merge adapters that name different bases."""
-    merge: MergeSettings = field(default_factory=MergeSettings)
+    layers: tuple[LayersSpec, ...] = ()
+    """Layers that are taken from inputs of their own."""
+    merge: MergeSettings = field(default_factory=lambda: merge_settings(MergeRuleName.MEAN.value, {}))
     """The rule and its parameters."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank <= 65536:
             raise UsageError(f"rank is {self.rank}", hint="use 1 to 65536, or leave it out")
         parse_size(self.shard_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drop:
+    """Elements of a movement are dropped by chance, and those that stay divided by their chance."""
+
+    density: float
+    """The chance to stay; the mean one where chances differ."""
+    spread: float | None = None
+    """None: all have the same (DARE). Otherwise by rank in the row, density ± spread (DELLA)."""
+    seed: int = 0
+    """Another one leaves others."""
+
+
+Thinning: TypeAlias = Trim | Drop | None
+"""What is dropped of a movement before the rule sees it; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +153,12 @@ class Choice:
     """One for each input; only their proportions count. Negative: turned round."""
     multiple: float = 1.0
     """What the merged movement is multiplied by."""
-    trims: tuple[Trim | None, ...] | None = None
-    """Trims of each input's own; None: what the rule asks for."""
+    thinnings: tuple[Thinning, ...] | None = None
+    """What of each input reaches the rule, which then drops nothing itself; None: what the rule asks for."""
+    whole: bool = False
+    """The inputs themselves are merged, also where others are merged as movements."""
+    input_grams: InputGrams | None = None
+    """Of the inputs' layers, where the rule needs them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +186,7 @@ class Recipe:
     choose: Callable[[str, int], Choice]
     """(tensor or layer, transformer blocks of the model) → how it is merged."""
     uniform: Choice | None
-    """The choice for every tensor, where it is the same."""
+    """The choice for every tensor that nothing was said about in particular; None: each has its own."""
     dtype: Dtype | None
     """How results are stored."""
     lora: LoraMode | None
@@ -221,6 +255,8 @@ def understand(file: RecipeFile, *, resolve: Callable[[str], Path]) -> Recipe:
     )
     check_labels(inputs)
     choice = _expression_choice(file, inputs) if file.expression else _rule_choice(file)
+    if RULES[choice.settings.rule].needs_grams:
+        choice = dataclasses.replace(choice, input_grams=open_grams([each.path for each in inputs]))
     base, onto = (resolve(text) if text else None for text in (file.base, file.onto))
     if onto is not None and base is None:
         raise UsageError("onto needs the base that the inputs were trained from", hint="add --base DIR")
@@ -228,8 +264,8 @@ def understand(file: RecipeFile, *, resolve: Callable[[str], Path]) -> Recipe:
         inputs=inputs,
         base=base,
         onto=onto,
-        relative=bool(file.expression) or onto is not None or _is_relative(choice.settings, base),
-        choose=lambda _name, _num_blocks: choice,
+        relative=_is_relative(file, choice.settings),
+        choose=_chooser(file, inputs, choice),
         uniform=choice,
         dtype=file.dtype,
         lora=file.lora,
@@ -238,6 +274,33 @@ def understand(file: RecipeFile, *, resolve: Callable[[str], Path]) -> Recipe:
         any_base=file.any_base,
         table=to_table(file),
     )
+
+
+def _chooser(file: RecipeFile, inputs: Sequence[InputRef], choice: Choice) -> Callable[[str, int], Choice]:
+    if not file.layers:
+        return lambda _name, _num_blocks: choice
+    if file.onto:
+        raise UsageError("layers are taken as they are, and onto adds movements", hint="merge in two steps")
+    if is_module_wide(choice.settings):
+        raise UsageError(
+            f"rule {choice.settings.rule} weighs whole models, and layers are taken one by one",
+            hint="use another rule for the other layers, such as mean",
+        )
+    labels = [each.label for each in inputs]
+    check_layers(file.layers, labels)
+    swapped = merge_settings(MergeRuleName.MEAN.value, {})
+
+    def choose(name: str, num_blocks: int) -> Choice:
+        weights = layer_weights(file.layers, name, num_blocks, labels)
+        return choice if weights is None else Choice(settings=swapped, weights=weights, whole=True)
+
+    return choose
+
+
+def is_module_wide(settings: MergeSettings) -> bool:
+    """Whether a tensor's result depends on other tensors, so that a model has to be merged as one unit."""
+    rule = RULES[settings.rule]
+    return settings.clip is not Clip.NONE or (rule.choose is not None and rule.robust)
 
 
 def check_labels(inputs: Sequence[InputRef]) -> None:
@@ -255,9 +318,10 @@ def needs_base(settings: MergeSettings) -> bool:
     return settings.rule not in _BASE_FREE or settings.clip is not Clip.NONE
 
 
-def _is_relative(settings: MergeSettings, base: Path | None) -> bool:
+def _is_relative(file: RecipeFile, settings: MergeSettings) -> bool:
+    about_base = bool(file.expression or file.onto or any(not each.weights for each in file.layers))
     # The mean of the movements is the movement of the mean: reading the base would be for nothing.
-    return needs_base(settings) or (base is not None and settings.rule is not MergeRuleName.MEAN)
+    return about_base or needs_base(settings) or bool(file.base and settings.rule is not MergeRuleName.MEAN)
 
 
 def _rule_choice(file: RecipeFile) -> Choice:
@@ -265,6 +329,11 @@ def _rule_choice(file: RecipeFile) -> Choice:
         raise UsageError(
             f"rule {file.merge.rule} needs a Fisher beside each update, which models do not carry",
             hint="choose another rule: weft merge --list",
+        )
+    if file.merge.rule is MergeRuleName.SLERP and len(file.inputs) != 2:
+        raise UsageError(
+            f"slerp goes from one model to another, and there are {len(file.inputs)}",
+            hint="give it two, or use rule mean or model_stock",
         )
     for each in file.inputs:
         if not (math.isfinite(each.weight) and each.weight >= 0):
@@ -277,34 +346,6 @@ def _rule_choice(file: RecipeFile) -> Choice:
     return Choice(settings=file.merge, weights=tuple(each.weight for each in file.inputs))
 
 
-_TERM: Final = re.compile(
-    r"\s*([+-]?)\s*(?:(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*\*\s*)?([A-Za-z_][\w.]*|\"[^\"]+\")\s*"
-)
-
-
-def parse_expression(text: str) -> dict[str, float]:
-    """Read ``2*math - toxic + 0.5*german`` into coefficients by name; names with other signs stand in quotes.
-
-    Raises:
-        UsageError: It is something else, or a name is there twice.
-    """
-    found: dict[str, float] = {}
-    place = 0
-    while place < len(text):
-        term = _TERM.match(text, place)
-        if term is None or (found and not term[1]):
-            raise UsageError(
-                f"cannot read {text[place:]!r} in the expression",
-                hint='write sums of inputs, for example "2*math - toxic + 0.5*german"',
-            )
-        name = term[3].strip('"')
-        if name in found:
-            raise UsageError(f"{name} is in the expression twice", hint="add its numbers up")
-        found[name] = float(term[2] or 1) * (-1 if term[1] == "-" else 1)
-        place = term.end()
-    return found
-
-
 def _expression_choice(file: RecipeFile, inputs: Sequence[InputRef]) -> Choice:
     """PEM arithmetic (arXiv 2306.14870) on movements, of adapters on ΔW."""
     if file.merge.rule is not MergeRuleName.MEAN:
@@ -314,7 +355,11 @@ def _expression_choice(file: RecipeFile, inputs: Sequence[InputRef]) -> Choice:
     if set(labels) != set(coefficients):
         odd = sorted(set(labels) ^ set(coefficients))[0]
         where = "is no input" if odd in coefficients else "is not in the expression"
-        raise UsageError(f"{odd} {where}", hint=f"inputs are {', '.join(labels)}: name them with {odd}=DIR")
+        quoted = next((label for label in labels if not re.fullmatch(r"[^\W\d][\w.]*", label)), "")
+        rename = (
+            f"name them with {odd}=DIR" if not quoted else f"in the expression write '{quoted}' in quotes"
+        )
+        raise UsageError(f"{odd} {where}", hint=f"inputs are {', '.join(labels)}: {rename}")
     return sum_choice([coefficients[label] for label in labels])
 
 

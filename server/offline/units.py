@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -17,12 +18,13 @@ import numpy.typing as npt
 from weft.common.errors import UsageError
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge.engine import MergeReport, merge_module
+from weft.server.merge.masks import dropped, dropped_by_rank
 from weft.server.merge.rules import RULES
-from weft.server.merge.settings import Clip, MergeSettings, Trim
-from weft.server.merge.statistics import Cut, find_cut
+from weft.server.merge.settings import Clip, Trim
+from weft.server.merge.statistics import find_cut
 from weft.server.merge.tiles import Float32, Scratch, Sink, Tiles, Update
-from weft.server.offline.recipe import Choice
-from weft.server.offline.sources import Movement, Recent, Trimmed, Weights, Zeros
+from weft.server.offline.recipe import Choice, Drop, Thinning
+from weft.server.offline.sources import Movement, Recent, Thin, Thinned, Weights, Zeros
 from weft.server.outer import OuterSettings
 
 
@@ -121,8 +123,9 @@ class Coordinates:
 
     @property
     def reads(self) -> tuple[tuple[str, Weights, str], ...]:
-        """Its tensors, in every input, the base, and what they are added to."""
-        read = [*self.sources, *(each for each in (self.base, self.onto) if each is not None)]
+        """Its tensors, in every input that counts, the base, and what they are added to."""
+        counting = (each for each, weight in zip(self.sources, self.choice.weights, strict=True) if weight)
+        read = [*counting, *(each for each in (self.base, self.onto) if each is not None)]
         unique = {source.label: source for source in read}
         return tuple(
             (label, source.weights, source.names.get(spec.name, spec.name))
@@ -138,7 +141,7 @@ class Coordinates:
         else:
             start = base if base is not None and self.onto is self.base else Recent(self.onto)
         if not any(self.choice.weights):
-            return _copy(self.specs, start, store)
+            return copy_start(self.specs, start, store)
         merge_coordinates(
             [
                 Movement(
@@ -160,7 +163,7 @@ class Coordinates:
         rule = RULES[self.choice.settings.rule]
         settings = self.choice.settings
         weighed = rule.choose is not None or settings.clip is not Clip.NONE
-        return rule.linear is None or weighed or self.choice.trims is not None
+        return rule.linear is None or weighed or self.choice.thinnings is not None
 
     def sample(self, num_elements: int) -> Unit:
         """The first rows of its largest tensor."""
@@ -181,12 +184,11 @@ def merge_coordinates(
     choice: Choice,
     threads: int,
 ) -> MergeReport:
-    """Merge movements with the engine; a choice's own trims are applied first."""
-    if choice.trims is not None:
-        updates = [
-            update if trim is None else _trimmed(update, schema, trim)
-            for update, trim in zip(updates, choice.trims, strict=True)
-        ]
+    """Merge movements with the engine; a choice's own thinnings come first."""
+    if choice.thinnings is not None:
+        with ThreadPoolExecutor(threads) as pool:
+            cuts = pool.map(partial(_cuts, schema), updates, choice.thinnings)
+            updates = [Thinned(update, cut) for update, cut in zip(updates, cuts, strict=True)]
     return merge_module(
         updates,
         start,
@@ -194,6 +196,7 @@ def merge_coordinates(
         sink,
         settings=choice.settings,
         outer=OuterSettings(learning_rate=choice.multiple),
+        input_grams=choice.input_grams,
         norms=False,
         threads=threads,
     )
@@ -203,21 +206,35 @@ def _recent(source: Source | None) -> Recent | None:
     return None if source is None else Recent(source)
 
 
-def _trimmed(update: Update, schema: Schema, trim: Trim) -> Trimmed:
-    scratch = Scratch()
-    cuts = {
-        spec.name: _apply(find_cut(partial(update.tile, spec.name), spec.size, trim, scratch)[0])
-        for spec in schema.tensors
-    }
-    return Trimmed(update, cuts)
+def _cuts(schema: Schema, update: Update, thinning: Thinning) -> dict[str, Thin]:
+    """How each tensor of an update is thinned, with thresholds found."""
+    if thinning is None:
+        return {}
+    if isinstance(thinning, Drop):
+        return {spec.name: _chance(update, spec, thinning) for spec in schema.tensors}
+    return {spec.name: _largest(update, spec, thinning) for spec in schema.tensors}
 
 
-def _apply(cut: Cut) -> Any:
+def _largest(update: Update, spec: TensorSpec, trim: Trim) -> Thin:
+    cut, _ = find_cut(partial(update.tile, spec.name), spec.size, trim, Scratch())
     # Scratch of its own each time: several threads read at once, and the engine may hold what it was given.
     return lambda values, start: cut.apply(values, start, Scratch())
 
 
-def _copy(specs: Sequence[TensorSpec], start: Tiles, sink: Sink) -> Loss:
+def _chance(update: Update, spec: TensorSpec, drop: Drop) -> Thin:
+    read = partial(update.tile, spec.name)
+
+    def thin(values: Float32, start: int) -> Float32:
+        if drop.spread is None:
+            return dropped(update, spec, start, values, density=drop.density, seed=drop.seed)
+        chances = {"density": drop.density, "spread": drop.spread}
+        return dropped_by_rank(update, spec, start, values, read, **chances, seed=drop.seed)
+
+    return thin
+
+
+def copy_start(specs: Sequence[TensorSpec], start: Tiles, sink: Sink) -> Loss:
+    """Write what movements would be added to, where none counts."""
     for spec in specs:
         for first in range(0, spec.size, _COPY_ELEMENTS):
             stop = min(first + _COPY_ELEMENTS, spec.size)
@@ -260,12 +277,6 @@ class Copied:
     def sample(self, num_elements: int) -> Unit:
         """Itself."""
         return self
-
-
-def is_module_wide(settings: MergeSettings) -> bool:
-    """Whether a tensor's result depends on other tensors, so that a model has to be merged as one unit."""
-    rule = RULES[settings.rule]
-    return settings.clip is not Clip.NONE or (rule.choose is not None and rule.robust)
 
 
 def refuse_device(device: str, rule: str) -> None:

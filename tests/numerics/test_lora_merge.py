@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.handmade import adapter_product, merge_inputs, write_adapter
 
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge import lora
 from weft.server.merge.engine import MergeReport, merge_module
-from weft.server.merge.settings import Clip, LoraSpace, MergeSettings
+from weft.server.merge.settings import Clip, LoraSpace, MergeRuleName, MergeSettings
 from weft.server.merge.tiles import Arrays, ArrayUpdate
+from weft.server.offline.recipe import LoraMode, merge_settings
 from weft.server.outer import OuterSettings
 
 Array = npt.NDArray[Any]
@@ -263,3 +266,50 @@ def test_the_merge_leaves_the_number_of_threads_alone() -> None:
     before = torch.get_num_threads()
     merge(updates_of(2), random_arrays(1), threads=2)
     assert torch.get_num_threads() == before
+
+
+LAYER = "model.layers.0.mlp"
+
+
+def adapters(to: Path, ranks: Sequence[int], width: int) -> tuple[list[Path], list[Array]]:
+    """Adapters with scalings of their own, and the ΔW that they stand for, float64."""
+    rng, paths, dense = np.random.default_rng(2), [], []
+    for index, rank in enumerate(ranks):
+        a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((rank, width), (width + 8, rank)))
+        config = {"lora_alpha": 2 * rank, "use_rslora": bool(index % 2)}
+        paths.append(write_adapter(to / f"in{index}", {LAYER: (a, b)}, **config))
+        scaling = 2 * rank / (np.sqrt(rank) if index % 2 else rank)
+        dense.append(scaling * (b.astype(np.float64) @ a))
+    return paths, dense
+
+
+MULTIPLES: dict[MergeRuleName, Callable[[int], float]] = {
+    MergeRuleName.MEAN: lambda count: 1 / count,
+    MergeRuleName.TASK_ARITHMETIC: lambda _count: 0.3,
+    MergeRuleName.NEGATION: lambda count: -1 / count,
+}
+
+
+@pytest.mark.parametrize("mode", [LoraMode.EXACT, LoraMode.STACK])
+@pytest.mark.parametrize("rule", list(MULTIPLES))
+def test_what_fits_the_rank_is_exact_to_a_millionth(
+    tmp_path: Path, rule: MergeRuleName, mode: LoraMode
+) -> None:
+    ranks = [2, 5, 3]
+    paths, dense = adapters(tmp_path, ranks, 32)
+    rank = sum(ranks) if mode is LoraMode.EXACT else 0
+    merged = merge_inputs(tmp_path / "out", *paths, merge=merge_settings(rule, {}), lora=mode, rank=rank)
+    assert relative(adapter_product(merged, LAYER), MULTIPLES[rule](3) * np.sum(dense, axis=0)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("ranks", "width", "rank"),
+    [([16] * 16, 64, 16), ([4, 8, 16], 96, 8), ([16] * 4, 48, 4)],
+    ids=["stacked-beyond-width", "mixed", "down-to-a-quarter"],
+)
+def test_recompression_to_a_rank_is_the_truncated_svd_of_the_dense_sum(
+    tmp_path: Path, ranks: list[int], width: int, rank: int
+) -> None:
+    paths, dense = adapters(tmp_path, ranks, width)
+    merged = merge_inputs(tmp_path / "out", *paths, merge=merge_settings("mean", {}), rank=rank)
+    assert relative(adapter_product(merged, LAYER), truncated(np.mean(dense, axis=0), rank)) < 1e-5

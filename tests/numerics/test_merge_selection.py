@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.server.merge import selection
-from weft.server.merge.selection import Kth, index_of_equal, kth_largest
+from weft.server.merge.selection import Kth, index_of_equal, kths_largest
 from weft.server.merge.settings import Trim
 from weft.server.merge.statistics import Cut, find_cut
 from weft.server.merge.tiles import Float32, Scratch
@@ -68,7 +68,18 @@ KINDS = pytest.mark.parametrize(
 def test_it_is_what_a_sort_finds(kind: str, share: float) -> None:
     values = tensor(kind)
     k = max(1, int(share * SIZE))
-    assert kth_largest(reader(values), SIZE, k, Scratch()) == reference(values, k)
+    assert kths_largest(reader(values), SIZE, [k], Scratch())[0] == reference(values, k)
+
+
+@KINDS
+def test_several_are_found_in_one_pass(kind: str) -> None:
+    values, ks = tensor(kind), [SIZE // 5, 1, SIZE // 100, SIZE]
+    for found, k in zip(kths_largest(reader(values), SIZE, ks, Scratch()), ks, strict=True):
+        assert found == reference(values, k)
+        if found.equal is not None:
+            assert (
+                found.equal.tolist() == np.flatnonzero(np.abs(values).view(np.int32) == found.bits).tolist()
+            )
 
 
 @KINDS
@@ -80,8 +91,18 @@ def test_counting_digit_by_digit_finds_the_same(kind: str, k: int) -> None:
 
 def test_a_bracket_that_misses_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     values = tensor("normal")
-    monkeypatch.setattr(selection, "_bracket", lambda *_: (np.int32(1), np.int32(2)))
-    assert kth_largest(reader(values), SIZE, SIZE // 5, Scratch()) == reference(values, SIZE // 5)
+    monkeypatch.setattr(selection, "_brackets", lambda *_: [(np.int32(1), np.int32(2))])
+    (found,) = kths_largest(reader(values), SIZE, [SIZE // 5], Scratch())
+    assert found == reference(values, SIZE // 5)
+    assert found.equal is None
+
+
+def test_what_a_wide_bracket_holds_is_not_all_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = tensor("normal")
+    monkeypatch.setattr(selection, "_brackets", lambda *_: [(np.int32(0), selection.MAGNITUDE)])
+    (found,) = kths_largest(reader(values), SIZE, [SIZE // 5], Scratch())
+    assert found == reference(values, SIZE // 5)
+    assert found.equal is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -89,10 +110,12 @@ def test_a_bracket_that_misses_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
 def test_small_tensors(values: list[int], data: st.DataObject) -> None:
     row = np.array(values, np.float32)
     k = data.draw(st.integers(1, len(values)))
-    found = kth_largest(reader(row), len(row), k, Scratch())
+    (found,) = kths_largest(reader(row), len(row), [k], Scratch())
     assert found == reference(row, k)
     equal = np.flatnonzero(np.abs(row).view(np.int32) == found.bits)
     number = data.draw(st.integers(1, len(equal)))
+    assert found.equal is not None
+    assert found.equal.tolist() == equal.tolist()
     assert index_of_equal(reader(row), len(row), found.bits, number, Scratch()) == equal[number - 1]
 
 

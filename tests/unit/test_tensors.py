@@ -143,7 +143,7 @@ HOSTILE: dict[str, tuple[Any, bytes]] = {
     "not-a-number": (b'{"a":NaN}', b""),
     "key-twice": (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', b"\0" * 4),
     "key-twice-inside": (b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
-    "unknown-dtype": ({"a": entry("F8_E4M3", (4,))}, b"\0" * 4),
+    "unknown-dtype": ({"a": entry("F8_E8M0", (4,))}, b"\0" * 4),
     "dtype-is-a-list": ({"a": entry([])}, b"\0" * 4),
     "extra-field": ({"a": entry() | {"x": 1}}, b"\0" * 4),
     "no-shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"\0" * 4),
