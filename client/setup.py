@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -11,11 +11,16 @@ from weft.client.device import Device
 from weft.client.heartbeat import Reports
 from weft.client.tasks.inhand import Progress
 from weft.client.trainer.gradients import ALONE, Gradients
-from weft.common.composition import Quantisation
+from weft.common.composition import Quantisation, ResidentBase
 from weft.common.identity.signing import SigningKey
 from weft.common.ids import Digest, WorkerId
 from weft.common.manifest import Signed
+from weft.common.modules import Kind
 from weft.common.protocol import BlobManifest, Limit, PollAnswer, Receipt, Session, Unable
+from weft.common.recipe import TaskSettings
+
+Residents = dict[tuple[Digest, TaskSettings, Kind], ResidentBase]
+"""Bases in memory."""
 
 
 class Calls(Reports, Protocol):
@@ -86,3 +91,5 @@ class Setup:
     """How often a task is saved within its inner loop."""
     gradients: Callable[[Path], Gradients] = lambda base_dir: ALONE
     """Who computes a batch's gradients over a base: this process, or it and others beside it."""
+    residents: Residents = field(default_factory=dict)
+    """Bases in memory; one for all workers that live one after another in a process."""

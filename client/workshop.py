@@ -115,7 +115,6 @@ class Workshop:
         """Runs whose limits the coordinator was told."""
         self._pause = pause
         self._runs: dict[str, RunOnWorker] = {}
-        self._residents: dict[tuple[Digest, TaskSettings, Kind], ResidentBase] = {}
         private_directory(me.state)
 
     @property
@@ -223,7 +222,7 @@ class Workshop:
             )
 
         # A base that is there already has taken its memory.
-        is_loaded = _resident_key(run.recipe) in self._residents
+        is_loaded = _resident_key(run.recipe) in self.me.residents
         available = None if is_loaded else available_bytes(me.device.torch_device)
         check_memory(needs(least_of(topology)), available, quantise=me.quantise)
         found = find_ability(topology, rank_max=me.rank_max, needs=needs, available=available)
@@ -232,10 +231,9 @@ class Workshop:
 
     def resident_of(self, run: RunOnWorker) -> ResidentBase:
         """The run's base in memory, loaded once per process."""
-        key = _resident_key(run.recipe)
-        if key not in self._residents:
-            me = self.me
-            self._residents[key] = ResidentBase.load(
+        me, key = self.me, _resident_key(run.recipe)
+        if key not in me.residents:
+            me.residents[key] = ResidentBase.load(
                 run.base_dir,
                 run.recipe.task,
                 device=me.device.torch_device,
@@ -244,7 +242,7 @@ class Workshop:
                 quantise=me.quantise,
             )
             self.say(f"base {run.recipe.base.digest[:12]} is loaded and stays resident")
-        return self._residents[key]
+        return me.residents[key]
 
     def own_data(self, run: RunOnWorker) -> FilePath:
         """This worker's data; raises DataError when it was started without."""

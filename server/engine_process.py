@@ -41,10 +41,11 @@ from weft.common.routing import check_router, read_router
 from weft.common.sequences import Sequences
 from weft.common.settings import from_table, to_table
 from weft.common.tensors import Float32Array, open_module, write_module
+from weft.server.flower.limits import FlowerSettings
 from weft.server.merge.engine import MergeReport, OuterState, merge_module
 from weft.server.merge.settings import MergeSettings
 from weft.server.merge.tiles import Arrays, Indices
-from weft.server.outer import OuterSettings, outer_schema
+from weft.server.outer import OuterSettings, slots_schema
 
 Job = Mapping[str, Any]
 Result = dict[str, Any]
@@ -134,23 +135,27 @@ class Jobs:
                 for item in job["updates"]
             ]
             candidate, state = Arrays.zeros(schema), None
-            if outer.num_slots:
-                state_schema, before = outer_schema(schema, outer), job["outer_state"]
+            flower = from_table(FlowerSettings, job["flower"]) if job["flower"] else None
+            num_slots = outer.num_slots + (len(flower.row.slots) if flower else 0)
+            if num_slots:
+                state_schema, before = slots_schema(schema, num_slots), job["outer_state"]
                 held = stack.enter_context(open_module(Path(before), state_schema)) if before else None
                 following = Arrays.zeros(state_schema)
                 state = OuterState(before=held, after=following)
-            report = merge_module(
-                updates,
-                start,
-                schema,
-                candidate,
-                settings=from_table(MergeSettings, job["merge"]),
-                outer=outer,
-                outer_state=state,
-                scaling=scaling,
-                num_paths=job["num_paths"],
-                threads=torch.get_num_threads(),
-            )
+            shared: dict[str, Any] = {
+                "settings": from_table(MergeSettings, job["merge"]),
+                "outer": outer,
+                "outer_state": state,
+                "scaling": scaling,
+                "threads": torch.get_num_threads(),
+            }
+            if flower is None:
+                report = merge_module(updates, start, schema, candidate, num_paths=job["num_paths"], **shared)
+            else:
+                # Flower is an extra, and takes half a second to import.
+                from weft.server.flower.rules import merge_with_flower
+
+                report = merge_with_flower(updates, start, schema, candidate, flower=flower, **shared)
         write_module(Path(job["candidate"]), candidate.arrays, schema)
         if state is not None:
             write_module(Path(job["outer_state_to"]), following.arrays, state_schema)

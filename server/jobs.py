@@ -33,6 +33,7 @@ def merge_job(run: Run, round_: Round, blobs: BlobStore, scratch: Path) -> dict[
         ],
         "num_paths": len({update.experts for update in round_.updates}),
         "merge": to_table(run.run_file.merging),
+        "flower": to_table(run.run_file.flower),
         "outer": to_table(run.run_file.outer),
         "candidate": str(scratch / f"{name}.module"),
         "outer_state_to": str(scratch / f"{name}.outer"),

@@ -251,7 +251,8 @@ def next_manifest(
     parameters = {
         key: value for key, value in settings.items() if key != "rule" and not isinstance(value, dict)
     }
-    parameters |= to_table(run.run_file.merge.parameters)
+    flower = run.run_file.flower
+    parameters |= flower.arguments if flower else to_table(run.run_file.merge.parameters)
     return VersionManifest(
         run=run.record.run,
         module=round_.module,
@@ -269,7 +270,7 @@ def next_manifest(
             )
             for update in round_.updates
         ),
-        merge=MergeStep(rule=run.run_file.merge.rule.value, parameters=parameters),
+        merge=MergeStep(rule=run.run_file.rule_name, parameters=parameters),
         outer=OuterStep(
             name=run.run_file.outer.name.value,
             parameters={"learning_rate": run.run_file.outer.rate, "momentum": run.run_file.outer.decay},

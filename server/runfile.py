@@ -32,16 +32,18 @@ from weft.common.recipe import (
     TaskSettings,
 )
 from weft.common.settings import field_docs, from_table, to_table
+from weft.server.flower.limits import FlowerSettings, read_rule, write_rule
 from weft.server.gate import GateSettings
-from weft.server.merge.rules import lora_space
 from weft.server.merge.settings import (
     FisherParameters,
     LoraSpace,
     MergeRuleName,
     MergeSettings,
+    Rescale,
     TiesParameters,
 )
-from weft.server.outer import OuterSettings
+from weft.server.merge.spaces import NEEDING_GRAMS, OF_MATRICES, lora_space
+from weft.server.outer import OuterName, OuterSettings
 from weft.server.paths import PathPolicy
 from weft.server.rounds import RoundPolicy
 
@@ -155,6 +157,8 @@ class RunFile:
     """When a round closes."""
     merge: MergeSettings = MergeSettings()
     """How updates become one movement."""
+    flower: FlowerSettings | None = None
+    """The strategy that takes the rule's place where merge.rule begins with "flower:"."""
     outer: OuterSettings = OuterSettings()
     """How the movement becomes the next version."""
     codec: CodecSettings = field(default_factory=CodecSettings)
@@ -180,7 +184,10 @@ class RunFile:
                 f"statistics.fisher_examples is set and merge.rule is {self.merge.rule.value!r}",
                 hint='set merge.rule = "fisher", or remove [statistics]',
             )
-        space = lora_space(self.merge, self.outer)
+        space = lora_space(self.merge, self.outer) if self.topology.kind is Kind.LORA else None
+        self._check_rule()
+        if self.flower is not None:
+            self._check_flower(self.flower)
         if self.topology.kind is Kind.FULL and self.merge.lora is not None:
             raise RunFileError(
                 f'merge.lora is {self.merge.lora.value!r} and topology.kind is "full"',
@@ -190,6 +197,21 @@ class RunFile:
             raise RunFileError(
                 'merge.lora is "exact" and rounds are asynchronous: updates of other starts have other factors',
                 hint='set merge.lora = "factors", or rounds.buffer = 0',
+            )
+
+    def _check_rule(self) -> None:
+        """Refuse merge rules that cannot run in rounds."""
+        rule = self.merge.rule
+        if rule in NEEDING_GRAMS:
+            raise RunFileError(
+                f'merge.rule is "{rule}", which needs Grams of the inputs of each layer: workers send none',
+                hint="use it with weft merge, or set another merge.rule",
+            )
+        if self.topology.kind is Kind.LORA and rule in OF_MATRICES and self.rounds.asynchronous:
+            raise RunFileError(
+                f'merge.rule is "{rule}", for ΔW, and rounds are asynchronous: updates of other starts have other'
+                " factors",
+                hint='set rounds.buffer = 0, or a rule that merges factors, such as merge.rule = "ties"',
             )
 
     def _check_paths(self) -> None:
@@ -232,6 +254,39 @@ class RunFile:
                 f" {len(topology.experts)} level(s)",
                 hint="set topology.levels_per_task = 1 and split the layers into two levels or more",
             )
+
+    def _check_flower(self, flower: FlowerSettings) -> None:
+        """Refuse what one of Flower's strategies cannot be combined with."""
+        if self.merge.lora is LoraSpace.EXACT:
+            raise RunFileError(
+                f'merge.lora is "exact" and merge.rule is "{flower.name}", which sees factors as they are',
+                hint='set merge.lora = "factors", or merge.rule = "mean"',
+            )
+        if self.merge.rescale is not Rescale.NONE:
+            raise RunFileError(
+                f'merge.rescale is "{self.merge.rescale}" and merge.rule is "{flower.name}"',
+                hint='set merge.rule = "mean", or remove merge.rescale',
+            )
+        if flower.row.slots and not (self.outer.name is OuterName.SGD and self.outer.rate == 1):
+            raise RunFileError(
+                f'merge.rule is "{flower.name}", an outer optimiser of its own, and outer.name is'
+                f' "{self.outer.name}" with learning rate {self.outer.rate:g}',
+                hint='remove [outer], or set merge.rule = "flower:FedAvg"',
+            )
+        topology, rounds = self.topology, self.rounds
+        paths = min(len(topology.paths_through(module)) for module in topology.modules)
+        fewest = rounds.buffer or rounds.quorum * (paths if rounds.paths_quorum == 1 else 1)
+        if fewest < flower.num_updates_min:
+            raise RunFileError(
+                f"{flower.name} needs {flower.num_updates_min} updates for its num_malicious_nodes, and a round may"
+                f" close with {fewest}",
+                hint=f"set {'rounds.buffer' if rounds.buffer else 'rounds.quorum'} higher, or expect fewer liars",
+            )
+
+    @property
+    def rule_name(self) -> str:
+        """What ``merge.rule`` says."""
+        return self.flower.name if self.flower else self.merge.rule.value
 
     @property
     def merging(self) -> MergeSettings:
@@ -301,7 +356,7 @@ def parse_run_file(text: str) -> RunFile:
     except (ValueError, RecursionError) as error:
         # Beside TOMLDecodeError: a number of thousands of digits, brackets thousands deep.
         raise RunFileError(f"not TOML: {error}") from error
-    return from_table(RunFile, table)
+    return from_table(RunFile, read_rule(table))
 
 
 def _resolved(run_file: RunFile, directory: Path) -> RunFile:
@@ -331,7 +386,7 @@ def _resolved(run_file: RunFile, directory: Path) -> RunFile:
 
 def dump_run_file(run_file: RunFile) -> str:
     """The run file as TOML without comments, every value written out."""
-    return _toml(to_table(run_file))
+    return _toml(write_rule(to_table(run_file)))
 
 
 def template(*, name: str, source: str, digest: str = "") -> str:
@@ -342,6 +397,8 @@ def template(*, name: str, source: str, digest: str = "") -> str:
     )
     docs = field_docs(RunFile)
     for section in dataclasses.fields(RunFile):
+        if section.name == "flower":  # a rule's name
+            continue
         optional = _OPTIONAL.get(section.name)
         value = optional or getattr(values, section.name)
         lines += [
@@ -386,11 +443,15 @@ def _comment(text: str) -> list[str]:
 def _toml(table: dict[str, Any], prefix: str = "") -> str:
     scalars = [f"{key} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
     tables = [
-        f"[{prefix}{key}]\n{_toml(value, f'{prefix}{key}.')}"
+        f"[{prefix}{_toml_key(key)}]\n{_toml(value, f'{prefix}{_toml_key(key)}.')}"
         for key, value in table.items()
         if isinstance(value, dict)
     ]
     return "\n".join([*scalars, *tables]) + "\n"
+
+
+def _toml_key(key: str) -> str:
+    return f'"{key}"' if ":" in key else key
 
 
 def _toml_value(value: Any) -> str:

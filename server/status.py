@@ -104,7 +104,7 @@ def _run_status(run: Run, view: RunView, leases: tuple[Lease, ...]) -> RunStatus
         finished=view.finished,
         reason="finished" if view.finished else "; ".join(dict.fromkeys(waiting)),
         base_digest=run.recipe.base.digest,
-        rule=run.run_file.merge.rule.value,
+        rule=run.run_file.rule_name,
         codec=run.recipe.codec.kind.value,
         modules=modules,
         bytes_up=sum(update.size_bytes for update in updates),

@@ -14,8 +14,8 @@ from weft.common.errors import RunFileError
 from weft.common.modules import Kind
 from weft.common.recipe import RoutingMode, TaskKind
 from weft.common.routing.router import NUM_PREFIX_TOKENS
-from weft.server.merge.rules import lora_space
 from weft.server.merge.settings import LoraSpace, MergeRuleName
+from weft.server.merge.spaces import lora_space
 from weft.server.runfile import RunFile, dump_run_file, load_run_file, parse_run_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

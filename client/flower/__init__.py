@@ -1,0 +1,1 @@
+"""A worker behind Flower: what a SuperNode runs hands each message to a resident trainer on the same machine."""
