@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check protos deploy-check wheel bench crash quality-dipaco quality-dipaco-short quality-text
+.PHONY: help setup demo test check protos deploy-check wheel bench crash quality-dipaco quality-dipaco-short quality-text quality-merge
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -61,3 +61,6 @@ quality-dipaco-short: setup ## the largest of these effects, in three minutes; f
 
 quality-text: setup ## the same once on manual pages of Debian's packages, which it downloads
 	$(BIN)/python -m benchmarks.quality.real_text
+
+quality-merge: setup ## which merge rule to use when, on a real sentence encoder: downloads 130 MB, an hour, resumes
+	$(BIN)/python -m benchmarks.quality_merge --write
