@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test check protos deploy-check wheel bench crash quality-dipaco quality-dipaco-short quality-text quality-merge
+.PHONY: help setup demo test check protos deploy-check wheel bench crash flower quality-dipaco quality-dipaco-short quality-text quality-merge
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ crash: setup ## 1,000 kills of the coordinator at random points
 
 bench: setup ## all benchmarks, with their results written
 	for script in benchmarks/*.py; do $(BIN)/python $$script --write || exit 1; done
+
+flower: setup ## a Flower federation with TLS, and its simulation, as processes: five minutes
+	$(BIN)/python -m pytest -q -m slow tests/integration/test_flower_federation.py tests/integration/test_flower_simulate.py
 
 quality-dipaco: setup ## DiPaCo's findings on text of known entropy: an hour or two of two cores, resumes
 	$(BIN)/python -m benchmarks.quality --write

@@ -1,13 +1,16 @@
-"""``weft merge`` against its limit, ``peft`` and ``mergekit``, on Llama-style checkpoints and on adapters.
+"""``weft merge`` against its limit, ``peft`` and ``mergekit``, on Llama-style checkpoints.
 
     python benchmarks/merge.py [--scale N] [--inputs 4 8] [--dtypes fp32 bf16] [--mergekit PYTHON] [--write]
 
 The limit is one arithmetic mean pass over the mapped inputs, by tiles and with reused buffers, and one write of
-a result's bytes. ``weft`` is timed as a whole merge in a process that has started (plan, merge, journal,
-sync, rename), with and without hashing the inputs for the manifest, and once as the command from its start.
-``peft`` is ``peft.utils.merge_utils`` tensor by tensor without reading or writing files; ``mergekit`` is its
-command in the interpreter that is named. Peak memory is the growth of anonymous pages of a process of its own.
-Weights are random: what selection costs hardly depends on them. All of it is one run; times are medians.
+a result's bytes to a new file. ``weft`` is timed as a whole merge in a process that has started (plan, merge,
+journal, sync, rename), with and without hashing the inputs for the manifest, and once as the command from its
+start. Each repetition of a merge is followed by one of the limit, and the ratios are medians of pairs, by wall
+clock and by processor time: other work on the machine meets both alike. ``peft`` is ``peft.utils.merge_utils``
+tensor by tensor without writing files; ``mergekit`` is its command in the interpreter that is named; both are
+timed once, at the counts of ``--their-inputs``. Peak memory is the growth of anonymous pages of a process of its
+own. Weights are random and differ from input to input: what selection costs hardly depends on them. All of it is
+one run; times are medians.
 
 ``--scale 1`` is 134 million parameters (18 blocks of width 640); the default, 8, is an eighth of the blocks'
 and the vocabulary's size and takes two minutes.
@@ -79,6 +82,11 @@ class Size:
         return shapes | {"model.norm.weight": up[1:]}
 
     @property
+    def millions(self) -> float:
+        """Of parameters."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values()) / 1e6
+
+    @property
     def config(self) -> dict[str, object]:
         """config.json."""
         return {
@@ -113,23 +121,6 @@ def write_model(to: Path, size: Size, dtype: str, seed: int) -> Path:
     return to
 
 
-def write_adapter(to: Path, size: Size, rank: int, seed: int) -> Path:
-    to.mkdir()
-    rng = np.random.default_rng(seed)
-    tensors: dict[str, TensorData] = {}
-    for name, shape in size.shapes.items():
-        if not name.endswith("_proj.weight"):
-            continue
-        layer = "base_model.model." + name.removesuffix(".weight")
-        tensors[f"{layer}.lora_A.weight"] = rng.standard_normal((rank, shape[1]), np.float32) / np.float32(25)
-        tensors[f"{layer}.lora_B.weight"] = rng.standard_normal((shape[0], rank), np.float32) / np.float32(25)
-    write_tensors(to / "adapter_model.safetensors", tensors, {"format": "pt"})
-    targets = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets, "bias": "none"}
-    (to / "adapter_config.json").write_text(json.dumps(config))
-    return to
-
-
 # -- what is measured --------------------------------------------------------------------------------------
 
 
@@ -147,6 +138,7 @@ def one_pass(models: Sequence[Path], to: Path, threads: int) -> None:
     files = [TensorFile(model, FOREIGN) for model in models]
     specs = files[0].header.specs
     tiles = [(spec, *span) for spec in specs for span in spans(spec.size, TILE)]
+    to.unlink(missing_ok=True)
     out = os.open(to, os.O_WRONLY | os.O_CREAT)
     begins = dict(zip((spec.name for spec in specs), _offsets(files[0]), strict=True))
 
@@ -192,7 +184,6 @@ def weft(recipe: Recipe, to: Path, threads: int, *, digests: bool) -> None:
     merging.merge(
         recipe, plan, to, merging.Options(threads=threads, digests=digests), advance=lambda _count: None
     )
-    shutil.rmtree(to)
 
 
 def command_s(arguments: Sequence[str | Path], to: Path) -> float:
@@ -230,7 +221,7 @@ def mergekit_s(python: Path, models: Sequence[Path], base: Path, rule: str, to: 
 
 
 CHILD = """
-import json, sys, threading
+import json, shutil, sys, threading
 from pathlib import Path
 sys.path.insert(0, {here!r})
 import merge as bench
@@ -240,6 +231,7 @@ def anonymous():
 def run(inputs, base):
     recipe = bench.recipe_of([Path(each) for each in inputs], Path(base), {rule!r})
     bench.weft(recipe, Path({to!r}), {threads}, digests=True)
+    shutil.rmtree({to!r})
 run({tiny!r}, {tiny_base!r})
 before, peak, stop = anonymous(), [0], threading.Event()
 def watch():
@@ -254,15 +246,57 @@ print(json.dumps(peak[0] - before))
 """
 
 
-def timed(recipe: Recipe, to: Path, arguments: argparse.Namespace, *, digests: bool = False) -> float:
-    """Median seconds of a whole merge."""
-    return median_s(lambda: weft(recipe, to, arguments.threads, digests=digests), arguments.repeats)
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Medians of a few repetitions."""
+
+    wall_s: float
+    cpu_s: float
+    limit_s: float
+    """Wall time of the limit beside it."""
+    wall_ratio: float
+    """Against the limit."""
+    cpu_ratio: float
+
+    @property
+    def cells(self) -> str:
+        """As columns of a table."""
+        return f"{self.wall_s:.2f} | {self.cpu_s:.2f} | {self.wall_ratio:.1f} | {self.cpu_ratio:.1f}"
 
 
-def limit_s(models: Sequence[Path], to: Path, arguments: argparse.Namespace) -> float:
-    """Median seconds of the limit."""
-    files = [model / "model.safetensors" for model in models]
-    return median_s(lambda: one_pass(files, to, arguments.threads), arguments.repeats)
+def clocks(action: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of wall clock and of all processors."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    action()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def timed(
+    recipe: Recipe, to: Path, models: Sequence[Path], arguments: argparse.Namespace, *, digests: bool = False
+) -> Timed:
+    """A whole merge, and the limit of the same inputs after each repetition."""
+    files, ours, limits = [model / "model.safetensors" for model in models], [], []
+    for _ in range(arguments.repeats):
+        ours.append(clocks(lambda: weft(recipe, to, arguments.threads, digests=digests)))
+        shutil.rmtree(to)
+        limits.append(clocks(lambda: one_pass(files, to.with_name("mean.bin"), arguments.threads)))
+    pairs = [(own[0] / limit[0], own[1] / limit[1]) for own, limit in zip(ours, limits, strict=True)]
+    wall_s, cpu_s = map(statistics.median, zip(*ours, strict=True))
+    return Timed(
+        wall_s,
+        cpu_s,
+        statistics.median(limit[0] for limit in limits),
+        *map(statistics.median, zip(*pairs, strict=True)),
+    )
+
+
+def bare_s(recipe: Recipe, to: Path, threads: int, arguments: argparse.Namespace) -> float:
+    """Median seconds of a whole merge, inputs not hashed."""
+    times = []
+    for _ in range(arguments.repeats):
+        times.append(clocks(lambda: weft(recipe, to, threads, digests=False))[0])
+        shutil.rmtree(to)
+    return statistics.median(times)
 
 
 def peak_mib(
@@ -293,19 +327,28 @@ def checkpoint_rows(arguments: argparse.Namespace, work: Path, dtype: str) -> li
     rows = []
     for count in arguments.inputs:
         chosen, to = models[:count], work / "out"
-        limit = limit_s(chosen, work / "mean.bin", arguments)
         gigabytes = sum((model / "model.safetensors").stat().st_size for model in chosen) / 1e9
         label = f"{count} × {dtype}, {gigabytes:.2f} GB"
-        rows.append(f"| {label} | limit: one mean pass, one write | {limit:.2f} | 1.0 | | |")
+        limits = []
         for rule in arguments.rules:
             recipe = recipe_of(chosen, None if rule == "mean" else base, rule)
-            bare = timed(recipe, to, arguments)
-            whole = timed(recipe, to, arguments, digests=True)
-            peft = _peft(chosen, base, rule) if arguments.peft else None
-            theirs = mergekit_s(arguments.mergekit, chosen, base, rule, to) if arguments.mergekit else None
-            ratios = f"{_times(peft, bare)} | {_times(theirs, bare)}"
-            rows.append(f"| {label} | {rule} | {bare:.2f} | {bare / limit:.1f} | {ratios} |")
-            rows.append(f"| {label} | {rule}, inputs hashed | {whole:.2f} | {whole / limit:.1f} | | |")
+            bare = timed(recipe, to, chosen, arguments)
+            whole = timed(recipe, to, chosen, arguments, digests=True)
+            limits += [bare.limit_s, whole.limit_s]
+            theirs = count in arguments.their_inputs
+            peft = _peft(chosen, base, rule) if arguments.peft and theirs else None
+            kit = (
+                mergekit_s(arguments.mergekit, chosen, base, rule, to)
+                if arguments.mergekit and theirs
+                else None
+            )
+            rows.append(
+                f"| {label} | {rule} | {bare.cells} | {_times(peft, bare.wall_s)} | {_times(kit, bare.wall_s)} |"
+            )
+            rows.append(f"| {label} | {rule}, inputs hashed | {whole.cells} | | |")
+        rows.append(
+            f"| {label} | the limit: one mean pass, one write | {statistics.median(limits):.2f} | | 1 | 1 | | |"
+        )
     for path in (base, *models):
         shutil.rmtree(path)
     return rows
@@ -326,12 +369,7 @@ def thread_rows(arguments: argparse.Namespace, work: Path) -> list[str]:
     rows = []
     for rule in arguments.rules:
         recipe = recipe_of(models, None if rule == "mean" else base, rule)
-        times = [
-            median_s(
-                lambda n=n, recipe=recipe: weft(recipe, work / "out", n, digests=False), arguments.repeats
-            )
-            for n in range(1, arguments.threads + 1)
-        ]
+        times = [bare_s(recipe, work / "out", n, arguments) for n in range(1, arguments.threads + 1)]
         rows.append(f"| {rule} | " + " | ".join(f"{seconds:.2f}" for seconds in times) + " |")
     program = [Path(sys.executable).with_name("weft"), "merge", *models, "--to", work / "out"]
     rows.append(
@@ -343,7 +381,9 @@ def thread_rows(arguments: argparse.Namespace, work: Path) -> list[str]:
 
 
 def memory_rows(arguments: argparse.Namespace, work: Path) -> list[str]:
-    size = size_of(arguments.scale)
+    size = size_of(
+        max(arguments.scale, 8)
+    )  # tiles have a size of their own: what is flat is flat at an eighth
     tiny = [write_model(work / f"t{n}", Size(2, 40, 64, 100), "fp32", n) for n in range(3)]
     base, model = (write_model(work / name, size, "fp32", seed) for seed, name in enumerate(("mb", "mm")))
     links = []
@@ -360,53 +400,8 @@ def memory_rows(arguments: argparse.Namespace, work: Path) -> list[str]:
     return rows
 
 
-def adapter_rows(arguments: argparse.Namespace, work: Path) -> list[str]:
-    size, rows = size_of(arguments.scale), []
-    adapters = [write_adapter(work / f"a{n}", size, 16, n) for n in range(16)]
-    for count in (4, 16):
-        chosen = adapters[:count]
-        cases: list[tuple[str, str, LoraMode, str]] = [
-            ("mean, A and B apart", "mean", LoraMode.FACTORS, ""),
-            ("ties, A and B apart", "ties", LoraMode.FACTORS, "ties"),
-            ("mean, stacked", "mean", LoraMode.STACK, "cat"),
-            ("mean, exact ΔW", "mean", LoraMode.EXACT, "svd"),
-            ("ties on ΔW", "ties", LoraMode.DENSE, "ties_svd"),
-        ]
-        theirs = peft_adapters(chosen, size, [case[3] for case in cases if case[3]]) if arguments.peft else {}
-        for label, rule, mode, name in cases:
-            recipe = recipe_of(chosen, None, rule, mode)
-            ours = timed(recipe, work / "out", arguments)
-            beside = f"{name}: {theirs[name]:.2f} s, {theirs[name] / ours:.1f} ×" if name in theirs else ""
-            rows.append(f"| {count} | {label} | {ours:.2f} | {beside} |")
-    return rows
-
-
-def peft_adapters(adapters: Sequence[Path], size: Size, kinds: Sequence[str]) -> dict[str, float]:
-    """Seconds of ``add_weighted_adapter`` of each kind; loading the base and the adapters is not counted."""
-    from peft import PeftModel
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in size.config.items() if k != "architectures"}))
-    loaded = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
-    for number, path in enumerate(adapters[1:], 1):
-        loaded.load_adapter(path, adapter_name=str(number))
-    names = [str(number) for number in range(len(adapters))]
-    seconds = {}
-    for kind in kinds:
-        options = {"density": 0.2} if "ties" in kind else {}
-        begin = time.perf_counter()
-        loaded.add_weighted_adapter(
-            names, [1.0] * len(names), f"merged-{kind}", combination_type=kind, svd_rank=16, **options
-        )
-        seconds[kind] = time.perf_counter() - begin
-        loaded.delete_adapter(f"merged-{kind}")
-    return seconds
-
-
 def report(arguments: argparse.Namespace, work: Path) -> str:
-    load_before, size = os.getloadavg()[0], size_of(arguments.scale)
-    millions = sum(int(np.prod(shape)) for shape in size.shapes.values()) / 1e6
-    adapters = adapter_rows(arguments, work / "adapters")
+    load_before, millions = os.getloadavg()[0], size_of(arguments.scale).millions
     checkpoints = [row for dtype in arguments.dtypes for row in checkpoint_rows(arguments, work, dtype)]
     threads = "".join(f" {n} |" for n in range(1, arguments.threads + 1))
     lines = [
@@ -416,15 +411,9 @@ def report(arguments: argparse.Namespace, work: Path) -> str:
         "",
         f"Checkpoints of {millions:.0f} million parameters, density 0.2. peft and mergekit beside the unhashed merge.",
         "",
-        "| inputs | how | s | × limit | peft | mergekit |",
-        "|---|---|---|---|---|---|",
+        "| inputs | how | s | CPU s | × limit | × limit, CPU | peft | mergekit |",
+        "|---|---|---|---|---|---|---|---|",
         *checkpoints,
-        "",
-        f"Rank-16 adapters of {7 * size.blocks} layers; peft's `add_weighted_adapter` beside it:",
-        "",
-        "| adapters | how | s | peft |",
-        "|---|---|---|---|",
-        *adapters,
         "",
         f"Seconds by threads ({min(arguments.inputs)} × fp32), and the whole command from its start:",
         "",
@@ -432,7 +421,7 @@ def report(arguments: argparse.Namespace, work: Path) -> str:
         "|---|" + "---|" * arguments.threads,
         *thread_rows(arguments, work),
         "",
-        "Peak growth of anonymous memory, MiB (the same file under many names):",
+        "Peak growth of anonymous memory, MiB (an eighth of the size at most; the same file under many names):",
         "",
         "| rule | 2 inputs | 8 inputs | 32 inputs |",
         "|---|---|---|---|",
@@ -451,17 +440,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=merging.num_threads())
     parser.add_argument("--mergekit", type=Path, help="an interpreter that has mergekit")
+    parser.add_argument(
+        "--their-inputs", type=int, nargs="+", default=[4], help="where peft and mergekit run"
+    )
     parser.add_argument("--no-peft", dest="peft", action="store_false")
     parser.add_argument("--directory", type=Path, help="where to work; the best is a file system in memory")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/merge.md")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/merge-SIZE.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         work = Path(directory)
-        (work / "adapters").mkdir()
         text = report(arguments, work)
     sys.stdout.write(text)
     if arguments.write:
-        (Path(__file__).parent / "results" / "merge.md").write_text(text, encoding="utf-8")
+        page = Path(__file__).parent / "results" / f"merge-{size_of(arguments.scale).millions:.0f}M.md"
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import platform
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -154,8 +154,9 @@ def _introduction(results: Results) -> str:
 
 
 def _checks(checks: Sequence[Check], results: Results) -> Iterator[str]:
-    remarks = json.loads(REMARKS.read_text()) if REMARKS.exists() else {}
-    rows, notes = [], []
+    remarks = _remarks()
+    rows: list[Sequence[str]] = []
+    notes: list[str] = []
     for check in checks:
         measured = measure(check, results)
         if measured is None:
@@ -171,6 +172,11 @@ def _checks(checks: Sequence[Check], results: Results) -> Iterator[str]:
     )
     if notes:
         yield "\n".join(notes)
+
+
+def _remarks() -> Mapping[str, str]:
+    found: dict[str, str] = json.loads(REMARKS.read_text())
+    return found
 
 
 def _row(measured: Measured) -> Sequence[str]:
@@ -279,7 +285,8 @@ def _codec_cells(results: Results, name: str) -> tuple[str, str, str] | None:
 def _real_text(cache: Path) -> str:
     for folder in (cache, Path(__file__).parent):
         if (folder / TEXT_RESULT).exists():
-            return (folder / TEXT_RESULT).read_text().strip()
+            found = (folder / TEXT_RESULT).read_text().strip()
+            return f"{found}\n\n{paragraph(_remarks().get('real text', ''))}"
     return "`make quality-text` has not been run here."
 
 

@@ -552,9 +552,8 @@ def _length(tile: Tile) -> int:
 
 def _tile_elements(round_: _Round) -> int:
     if round_.rule.row_by_row:
-        # A trim and an election hold several arrays of a tile's length; sparse tiles are short anyway.
-        few_arrays = round_.rule.linear or all(each.update.sparse for each in round_.contributors)
-        return BLOCK_ELEMENTS if few_arrays else BLOCK_ELEMENTS // 2
+        # Smaller ones would fit a core's cache, and lose more to threads that wait for the interpreter.
+        return BLOCK_ELEMENTS
     return max(1024, WORKING_ELEMENTS // len(round_.contributors))
 
 

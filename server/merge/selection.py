@@ -23,7 +23,7 @@ Bits: TypeAlias = npt.NDArray[np.int32]
 Read: TypeAlias = Callable[[int, int], Float32]
 """(start, stop) → those elements of the tensor, float32."""
 
-BLOCK_ELEMENTS: Final = 1 << 16
+BLOCK_ELEMENTS: Final = 1 << 17
 """Tensors are read in blocks of this length: a few of them fit a core's second-level cache."""
 MAGNITUDE: Final = np.int32(0x7FFFFFFF)
 """All bits but the sign."""

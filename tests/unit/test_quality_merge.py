@@ -140,7 +140,8 @@ def test_guide_follows_from_the_figures() -> None:
         for arm, value in values.items()
         for seed in range(3)
     ] + [_result("lora", arm, 0, value) for arm, value in values.items()]
-    lines = page.write_page(results).split("no more:")[1].split("##")[0].strip().splitlines()
+    guide = page.write_page(results).split("no more:")[1].split("##")[0]
+    lines = [" ".join(line.split()) for line in guide.strip().split("\n* ")]
     assert "`ties` (78.0)" in lines[0]
     assert "above, `ties`; below, none" in lines[3]
     assert "above, none; below, none" in lines[7], "one seed tells nothing apart"
