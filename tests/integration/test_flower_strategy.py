@@ -458,7 +458,7 @@ def test_what_is_unknown_is_refused_by_name(arguments: dict[str, Any], message: 
 
 
 def test_summary_names_the_rule(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="weft")
     WeftStrategy("ties").summary()
     assert "rule ties" in caplog.text
 

@@ -515,9 +515,9 @@ def test_never_more_than_a_tile_of_an_input_is_read_at_once(
 
     monkeypatch.setattr(Weights, "tile", counted)
     rng = np.random.default_rng(0)
-    shape = {"num_blocks": 1, "rows": 300, "cols": 1000}
+    shape = {"num_blocks": 1, "rows": 600, "cols": 1000}
     paths = [write_model(tmp_path / str(number), block_tensors(rng, **shape)) for number in range(5)]
-    assert 4 * BLOCK_ELEMENTS < 300_000
+    assert 4 * BLOCK_ELEMENTS < 600_000
     for count in (2, 4):
         longest = 0
         options = {"base": str(paths[0]), "merge": merge_settings(rule, {})}
