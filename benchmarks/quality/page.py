@@ -88,6 +88,7 @@ def write_page(results: Results, cache: Path, *, load_before: float) -> str:
                 "## Loss against bytes sent",
                 _CODEC_WORDS,
                 _codecs(results),
+                paragraph(_remarks().get("codecs", "")),
                 _FACTS,
                 "## Real text",
                 _real_text(cache),
