@@ -40,7 +40,6 @@ from lib.machine import setting
 from weft.common.tensors import FOREIGN, Bf16, TensorData, TensorFile, float32_to_bf16, write_tensors
 from weft.server.merge.tiles import spans
 from weft.server.offline import merging
-from weft.server.offline.inputs import split_label
 from weft.server.offline.recipe import InputSpec, LoraMode, Recipe, RecipeFile, merge_settings, understand
 
 TILE = 1 << 17
@@ -171,7 +170,7 @@ def _offsets(file: TensorFile) -> Iterator[int]:
 def recipe_of(inputs: Sequence[Path], base: Path | None, rule: str, lora: LoraMode | None = None) -> Recipe:
     name, parameters = RULES[rule]
     file = RecipeFile(
-        inputs=tuple(InputSpec(path=str(path), name=split_label(str(path))[0]) for path in inputs),
+        inputs=tuple(InputSpec(path=str(path), name=path.name) for path in inputs),
         base=str(base or ""),
         lora=lora,
         merge=merge_settings(name, parameters),
@@ -237,7 +236,7 @@ before, peak, stop = anonymous(), [0], threading.Event()
 def watch():
     while not stop.wait(0.005):
         peak[0] = max(peak[0], anonymous())
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 run({inputs!r}, {base!r})
 stop.set()
@@ -313,7 +312,7 @@ def peak_mib(
         tiny=[str(path) for path in tiny[1:]],
         tiny_base=str(tiny[0]),
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     return float(json.loads(done.stdout)) / 2**20
 
 
