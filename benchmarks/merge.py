@@ -104,7 +104,7 @@ class Size:
 
 
 def size_of(scale: int) -> Size:
-    return Size(blocks=max(2, 18 // scale), width=640, inner=1706, vocabulary=121_600 // scale)
+    return Size(blocks=max(2, 18 // scale), width=640, inner=1706, vocabulary=71_680 // scale)
 
 
 def write_model(to: Path, size: Size, dtype: str, seed: int) -> Path:
@@ -406,7 +406,7 @@ def report(arguments: argparse.Namespace, work: Path) -> str:
     lines = [
         "# Offline merging",
         "",
-        f"{setting(PACKAGES, load_before=load_before)} · {arguments.threads} threads",
+        f"{setting(PACKAGES, load_before=load_before)} · {arguments.threads} processes",
         "",
         f"Checkpoints of {millions:.0f} million parameters, density 0.2. peft and mergekit beside the unhashed merge.",
         "",
@@ -414,7 +414,7 @@ def report(arguments: argparse.Namespace, work: Path) -> str:
         "|---|---|---|---|---|---|---|---|",
         *checkpoints,
         "",
-        f"Seconds by threads ({min(arguments.inputs)} × fp32), and the whole command from its start:",
+        f"Seconds by processes ({min(arguments.inputs)} × fp32), and the whole command from its start:",
         "",
         f"| what |{threads}",
         "|---|" + "---|" * arguments.threads,

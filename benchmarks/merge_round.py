@@ -30,6 +30,7 @@ import torch
 
 from weft.common.codec import CodecKind, CodecSettings, UpdateFile, encode_update
 from weft.common.modules import Schema, TensorSpec
+from weft.server.merge.crew import Threads
 from weft.server.merge.engine import merge_module
 from weft.server.merge.settings import (
     Clip,
@@ -128,7 +129,14 @@ def merge(
 ) -> None:
     chosen = CASES[case]
     merge_module(
-        updates, start, schema, sink, settings=chosen, outer=OuterSettings(), threads=threads, norms=False
+        updates,
+        start,
+        schema,
+        sink,
+        settings=chosen,
+        outer=OuterSettings(),
+        crew=Threads(threads),
+        norms=False,
     )
 
 

@@ -42,6 +42,7 @@ from weft.common.sequences import Sequences
 from weft.common.settings import from_table, to_table
 from weft.common.tensors import Float32Array, open_module, write_module
 from weft.server.flower.limits import FlowerSettings
+from weft.server.merge.crew import Threads
 from weft.server.merge.engine import MergeReport, OuterState, merge_module
 from weft.server.merge.settings import MergeSettings
 from weft.server.merge.tiles import Arrays, Indices
@@ -147,7 +148,7 @@ class Jobs:
                 "outer": outer,
                 "outer_state": state,
                 "scaling": scaling,
-                "threads": torch.get_num_threads(),
+                "crew": Threads(torch.get_num_threads()),
             }
             if flower is None:
                 report = merge_module(updates, start, schema, candidate, num_paths=job["num_paths"], **shared)

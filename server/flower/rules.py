@@ -34,6 +34,7 @@ from flwr.serverapp.strategy import FedAvg, FedAvgM
 from weft.common.errors import EngineFailed
 from weft.common.modules import Schema, TensorSpec
 from weft.server.flower.limits import FlowerSettings
+from weft.server.merge.crew import ALONE, Crew
 from weft.server.merge.engine import MergeReport, OuterState, measure_updates, merge_module
 from weft.server.merge.movements import Contributor
 from weft.server.merge.settings import Clip, LoraSpace, MergeSettings
@@ -55,7 +56,7 @@ def merge_with_flower(
     outer: OuterSettings,
     outer_state: OuterState | None = None,
     scaling: float = 1.0,
-    threads: int = 1,
+    crew: Crew = ALONE,
     clock: Callable[[], float] = time.perf_counter,
 ) -> MergeReport:
     """Merge ``updates`` into the next version of a module by a strategy of Flower's.
@@ -70,7 +71,7 @@ def merge_with_flower(
         outer: The ``[outer]`` table; plain steps of rate 1 where the strategy keeps a state.
         outer_state: Given exactly when the strategy or ``outer`` keeps a state.
         scaling: ΔW = scaling · B A; weighs LoRA layers against others in the norm.
-        threads: For measuring; speed, not the result.
+        crew: Who shares the work beside the strategy's own: speed, not the result.
         clock: Seconds, for the report.
 
     Raises:
@@ -78,7 +79,7 @@ def merge_with_flower(
     """
     times = [clock()]
     contributors, contributions = measure_updates(
-        updates, start, schema, settings=settings, scaling=scaling, threads=threads
+        updates, start, schema, settings=settings, scaling=scaling, crew=crew
     )
     _check(contributors, schema, flower)
     times.append(clock())
@@ -104,7 +105,7 @@ def merge_with_flower(
         outer=outer,
         outer_state=outer_state if own is None else None,
         norms=False,
-        threads=threads,
+        crew=crew,
         clock=clock,
     )
     times.append(clock())

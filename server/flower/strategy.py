@@ -42,6 +42,7 @@ from weft.common.modules import LORA_A, LORA_B, Schema, TensorSpec
 from weft.common.settings import from_table
 from weft.common.tensors import float32_to_bf16, to_float32
 from weft.server.flower.limits import REFUSED
+from weft.server.merge.crew import Threads
 from weft.server.merge.engine import OuterState, merge_module
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import Clip, LoraSpace, MergeRuleName, MergeSettings
@@ -215,7 +216,7 @@ class WeftStrategy(FedAvg):
                 outer_state=state,
                 scaling=self.lora_scaling,
                 norms=False,
-                threads=torch.get_num_threads(),
+                crew=Threads(torch.get_num_threads()),
             )
         except EngineFailed as error:
             raise AggregationError(error.message) from error

@@ -10,13 +10,10 @@ Legend: W = updates, T = elements of a tile, S = slots of the outer optimiser.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -27,6 +24,7 @@ import torch
 from weft.common.errors import EngineFailed
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge import lora, nested, rescale
+from weft.server.merge.crew import ALONE, Crew
 from weft.server.merge.movements import Contributor, Movements
 from weft.server.merge.rule import Merged, MergeRule, Scope
 from weft.server.merge.rules import RULES
@@ -41,7 +39,7 @@ from weft.server.merge.statistics import (
     normalised_weights,
     update_measure,
 )
-from weft.server.merge.tiles import WORKING_ELEMENTS, Float64, InputGrams, Scratch, Sink, Tiles, Update, spans
+from weft.server.merge.tiles import OWN, WORKING_ELEMENTS, Float64, InputGrams, Sink, Tiles, Update, spans
 from weft.server.merge.whole import Whole
 from weft.server.outer import STEP, OuterSettings, first_slots, outer_step, slot_name
 
@@ -52,7 +50,7 @@ R = TypeVar("R")
 _GRAM_ELEMENTS: Final = 1 << 20
 """Inner products are summed over stretches of this length, whatever the number of threads."""
 _BATCH_ELEMENTS: Final = 1 << 17
-"""Jobs smaller than this share a turn of the pool."""
+"""Jobs smaller than this share a turn of the crew."""
 Tile: TypeAlias = tuple[TensorSpec, int, int]
 """A tensor, first element, one past the last."""
 
@@ -103,13 +101,6 @@ class MergeReport:
     """Wall time by phase: measure, survey, merge."""
 
 
-class _Own(threading.local):
-    """What each thread of the pool has for itself."""
-
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-
-
 @dataclass(frozen=True, slots=True)
 class _Movement:
     """The merged movement of a tile."""
@@ -132,8 +123,6 @@ class _Round:
     outer_state: OuterState | None
     rounds: int
     """Rounds of the outer optimiser before this one."""
-    own: _Own
-    """What each thread has for itself."""
     input_grams: InputGrams | None
     """For rules that need them."""
 
@@ -142,7 +131,7 @@ class _Round:
         return np.array([each.weight for each in self.contributors])
 
     def movements(self, spec: TensorSpec, start: int, stop: int) -> Movements:
-        return Movements(self.contributors, spec, start, stop, self.weights, self.own.scratch)
+        return Movements(self.contributors, spec, start, stop, self.weights, OWN.scratch)
 
     def combine(
         self, tile: Tile, factors_W: Float64, merge: Callable[[Movements], Merged | None]
@@ -192,7 +181,7 @@ class _Round:
                 step_T = np.multiply(step_T, self.outer.rate, out=step_T)
         else:
             step_T = self._step(self.outer_state, tile, moved)
-        version_T = self.own.scratch.take("version", stop - start, step_T.dtype.type)
+        version_T = OWN.scratch.take("version", stop - start, step_T.dtype.type)
         np.add(self.start.tile(spec.name, start, stop), step_T, out=version_T)
         self.sink.write(spec.name, start, version_T.astype(np.float32, copy=False))
 
@@ -218,7 +207,7 @@ class _Round:
         def read(place: int) -> torch.Tensor:
             contributor = self.contributors[place]
             movement = lora.read_tensor(
-                lambda start, stop: contributor.tile(spec, start, stop, self.own.scratch), spec
+                lambda start, stop: contributor.tile(spec, start, stop, OWN.scratch), spec
             )
             return movement.mul_(contributor.clip)
 
@@ -288,11 +277,11 @@ class _Round:
             for share_r, each, factor in zip(shares, self.contributors, factors_W.tolist(), strict=True)
         ]
 
-    def merge_pair(self, pair: Pair, factors_W: Float64) -> lora.Recompressed:
-        """Write the next version of a layer's LoRA factors."""
-        if self.rule.scope is Scope.TILE:
-            return self.merge_layer(pair, factors_W)
-        return self.merge_whole_layer(pair)
+    def merge_pair(self, pair: Pair, factors_W: Float64) -> tuple[float, float]:
+        """Write the next version of a layer's LoRA factors; say what that lost, ‖ΔW − B A‖², and of what, ‖ΔW‖²."""
+        tile = self.rule.scope is Scope.TILE
+        done = self.merge_layer(pair, factors_W) if tile else self.merge_whole_layer(pair)
+        return done.lost_square_sum, done.total_square_sum
 
     def merge_layer(self, pair: Pair, factors_W: Float64) -> lora.Recompressed:
         """Write the next version of a layer's LoRA factors, merged as ΔW."""
@@ -322,7 +311,7 @@ def merge_module(
     input_grams: InputGrams | None = None,
     norms: bool = True,
     tile_elements: int | None = None,
-    threads: int = 1,
+    crew: Crew = ALONE,
     clock: Callable[[], float] = time.perf_counter,
 ) -> MergeReport:
     """Merge ``updates`` into the next version of a module.
@@ -340,7 +329,7 @@ def merge_module(
         input_grams: Second moments of the inputs of each layer; for rules that need them.
         norms: Measure norms for the report even where neither clipping nor rescaling asks for them.
         tile_elements: Length of a tile: speed and memory, not the result. Unset: what the rule runs best with.
-        threads: Tiles and layers merged at once: speed and memory, not the result.
+        crew: Who shares tiles and layers: speed and memory, not the result.
         clock: Seconds, for the report.
 
     Raises:
@@ -355,41 +344,39 @@ def merge_module(
         raise EngineFailed(f"rule {rule.name} needs Grams of the inputs of each layer, and there are none")
     _check_state(outer, outer_state)
     measured = norms or settings.clip is not Clip.NONE or settings.rescale is Rescale.RDA
-    times, own = [clock()], _Own()
-    with _pool(threads) as pool:
-        round_ = _Round(
-            contributors=_contributors(
-                pool, own, ordered, start, schema, settings=settings, scaling=scaling, norms=measured
-            ),
-            rule=rule,
-            parameters=settings.parameters,
-            start=start,
-            sink=sink,
-            outer=outer,
-            outer_state=outer_state,
-            rounds=_rounds(outer_state),
-            own=own,
-            input_grams=input_grams if rule.needs_grams else None,
-        )
-        times.append(clock())
-        pairs = _pairs(schema) if space is LoraSpace.EXACT else []
-        whole = _seen_whole(round_, schema, pairs)
-        tiles = _tiles(schema, pairs, tile_elements or _tile_elements(round_))
-        tiles = [tile for tile in tiles if tile[0] not in whole]
-        factors = _factors(pool, round_, schema, pairs, settings=settings, num_paths=num_paths)
-        survey, tiles = _survey(pool, round_, tiles, factors)
-        times.append(clock())
-        layers = list(pool.map(lambda pair: round_.merge_pair(pair, factors[pair[0].name]), pairs))
-        _map(pool, whole, round_.merge_whole, lambda spec: spec.size)
+    times = [clock()]
+    round_ = _Round(
+        contributors=_contributors(
+            crew, ordered, start, schema, settings=settings, scaling=scaling, norms=measured
+        ),
+        rule=rule,
+        parameters=settings.parameters,
+        start=start,
+        sink=sink,
+        outer=outer,
+        outer_state=outer_state,
+        rounds=_rounds(outer_state),
+        input_grams=input_grams if rule.needs_grams else None,
+    )
+    times.append(clock())
+    pairs = _pairs(schema) if space is LoraSpace.EXACT else []
+    whole = _seen_whole(round_, schema, pairs)
+    tiles = _tiles(schema, pairs, tile_elements or _tile_elements(round_))
+    tiles = [tile for tile in tiles if tile[0] not in whole]
+    factors = _factors(crew, round_, schema, pairs, settings=settings, num_paths=num_paths)
+    survey, tiles = _survey(crew, round_, tiles, factors)
+    times.append(clock())
+    losses = crew.map(lambda pair: round_.merge_pair(pair, factors[pair[0].name]), pairs)
+    _map(crew, whole, round_.merge_whole, lambda spec: spec.size)
 
-        def merge_tile(tile: Tile) -> None:
-            round_.write(tile, round_.movement(tile, factors[tile[0].name], survey=survey))
+    def merge_tile(tile: Tile) -> None:
+        round_.write(tile, round_.movement(tile, factors[tile[0].name], survey=survey))
 
-        _map(pool, tiles, merge_tile, _length)
-        times.append(clock())
+    _map(crew, tiles, merge_tile, _length)
+    times.append(clock())
     if outer_state is not None:
         outer_state.after.write(STEP, 0, np.array([round_.rounds + 1], np.float32))
-    return _report(round_, space, layers, times, norms=measured)
+    return _report(round_, space, losses, times, norms=measured)
 
 
 def measure_updates(
@@ -399,16 +386,15 @@ def measure_updates(
     *,
     settings: MergeSettings,
     scaling: float = 1.0,
-    threads: int = 1,
+    crew: Crew = ALONE,
 ) -> tuple[tuple[Contributor, ...], tuple[Contribution, ...]]:
     """What a merge knows of its updates before the rule, sorted as it merges them, and how it reports them.
 
     The arguments are those of ``merge_module``, which raises the same errors.
     """
-    with _pool(threads) as pool:
-        contributors = _contributors(
-            pool, _Own(), _ordered(updates), start, schema, settings=settings, scaling=scaling, norms=True
-        )
+    contributors = _contributors(
+        crew, _ordered(updates), start, schema, settings=settings, scaling=scaling, norms=True
+    )
     return contributors, tuple(_contribution(each, norms=True, counted=True) for each in contributors)
 
 
@@ -463,25 +449,13 @@ def _ordered(updates: Sequence[Update]) -> tuple[Update, ...]:
     return ordered
 
 
-@contextlib.contextmanager
-def _pool(threads: int) -> Iterator[Executor]:
-    """Threads that do their linear algebra alone: libraries round differently by how they split the work."""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
-
-
 def _pairs(schema: Schema) -> list[Pair]:
     specs = {spec.name: spec for spec in schema.tensors}
     return [(specs[a_name], specs[b_name]) for a_name, b_name in schema.lora_pairs]
 
 
 def _contributors(
-    pool: Executor,
-    own: _Own,
+    crew: Crew,
     updates: Sequence[Update],
     start: Tiles,
     schema: Schema,
@@ -492,7 +466,7 @@ def _contributors(
 ) -> tuple[Contributor, ...]:
     schemas = [schema if each.rank is None else schema.at_rank(each.rank) for each in updates]
     measures = _measure(
-        pool, own, updates, start, schema, schemas, settings=settings, scaling=scaling, norms=norms
+        crew, updates, start, schema, schemas, settings=settings, scaling=scaling, norms=norms
     )
     weights = normalised_weights([update.weight for update in updates], settings)
     clips = clip_factors(measures, settings)
@@ -501,8 +475,7 @@ def _contributors(
 
 
 def _measure(
-    pool: Executor,
-    own: _Own,
+    crew: Crew,
     updates: Sequence[Update],
     start: Tiles,
     schema: Schema,
@@ -515,7 +488,7 @@ def _measure(
     trim, fisher = settings.parameters.trim, RULES[settings.rule].needs_fisher
 
     def tensor(job: tuple[Update, TensorSpec]) -> TensorMeasure:
-        return measure_tensor(*job, own.scratch, trim=trim, fisher=fisher, norms=norms)
+        return measure_tensor(*job, OWN.scratch, trim=trim, fisher=fisher, norms=norms)
 
     def changes(pair: Pair) -> list[float]:
         at = {name: index for index, (name, _) in enumerate(schema.lora_pairs)}[pair[0].name]
@@ -523,8 +496,8 @@ def _measure(
         return lora.change_square_sums(lora.read_factors(start, *pair), moved)
 
     jobs = [(each, spec) for each, of in zip(updates, schemas, strict=True) for spec in of.tensors]
-    measures = iter(_map(pool, jobs, tensor, lambda job: job[1].size))
-    layers = list(pool.map(changes, _pairs(schema))) if norms else []
+    measures = iter(_map(crew, jobs, tensor, lambda job: job[1].size))
+    layers = crew.map(changes, _pairs(schema)) if norms else []
     moved = zip(*layers, strict=True) if layers else itertools.repeat((0.0,) * len(schema.lora_pairs))
     return tuple(
         update_measure(of, [next(measures) for _ in of.tensors], each, scaling=scaling)
@@ -532,8 +505,8 @@ def _measure(
     )
 
 
-def _map(pool: Executor, jobs: Sequence[J], do: Callable[[J], R], size: Callable[[J], int]) -> list[R]:
-    """``do`` of every job, in order; small ones share a turn of the pool, which costs as much as they do."""
+def _map(crew: Crew, jobs: Sequence[J], do: Callable[[J], R], size: Callable[[J], int]) -> list[R]:
+    """``do`` of every job, in order; small ones share a turn of the crew, which costs as much as they do."""
     batches: list[list[J]] = [[]]
     elements = 0
     for job in jobs:
@@ -542,7 +515,7 @@ def _map(pool: Executor, jobs: Sequence[J], do: Callable[[J], R], size: Callable
         if elements >= _BATCH_ELEMENTS:
             batches.append([])
             elements = 0
-    done = pool.map(lambda batch: [do(job) for job in batch], batches)
+    done = crew.map(lambda batch: [do(job) for job in batch], batches)
     return [result for batch in done for result in batch]
 
 
@@ -568,19 +541,19 @@ def _tiles(schema: Schema, without: Sequence[Pair], tile_elements: int) -> list[
 
 
 def _survey(
-    pool: Executor, round_: _Round, tiles: list[Tile], factors: Mapping[str, Float64]
+    crew: Crew, round_: _Round, tiles: list[Tile], factors: Mapping[str, Float64]
 ) -> tuple[int, list[Tile]]:
     """What the rule counts over the module, and the tiles that had to wait for it; all where it does not count."""
     if not round_.parameters.surveys or round_.rule.survey is None:
         return 0, tiles
-    done = _map(pool, tiles, lambda tile: round_.survey_tile(tile, factors[tile[0].name]), _length)
+    done = _map(crew, tiles, lambda tile: round_.survey_tile(tile, factors[tile[0].name]), _length)
     waiting = [each for each in done if isinstance(each, tuple)]
     total = sum(each[0] if isinstance(each, tuple) else each for each in done)
     return total, [tile for _, tile in waiting]
 
 
 def _factors(
-    pool: Executor,
+    crew: Crew,
     round_: _Round,
     schema: Schema,
     pairs: Sequence[Pair],
@@ -595,7 +568,7 @@ def _factors(
     factor = math.sqrt(num_paths) if settings.rescale is Rescale.SQRT_PATHS else 1.0
     factors = {spec.name: np.full(len(round_.contributors), factor) for spec in schema.tensors}
     if round_.rule.choose is not None:
-        grams = _grams(pool, round_, schema, pairs)
+        grams = _grams(crew, round_, schema, pairs)
         chosen = round_.rule.choose(grams, round_.weights, round_.parameters)
         return factors | {name: weights_W / round_.weights for name, weights_W in chosen.items()}
     if settings.rescale is not Rescale.RDA:
@@ -610,16 +583,23 @@ def _factors(
     norms = {spec.name: rescale.tensor_norms(round_.contributors, spec.name) for spec in schema.tensors}
     norms |= {a.name: rescale.layer_norms(round_.contributors, (a.name, b.name)) for a, b in pairs}
     units = {name: rescale.units(norms_W) for name, norms_W in norms.items()}
-    jobs = {a.name: [pool.submit(layer, (a, b), units[a.name])] for a, b in pairs}
-    for tile in _tiles(schema, pairs, BLOCK_ELEMENTS):
-        jobs.setdefault(tile[0].name, []).append(pool.submit(tensor, tile, units[tile[0].name]))
-    for name, own in jobs.items():
-        square_sum = math.fsum(job.result() for job in own)
-        factors[name] = rescale.directional(round_.weights, norms[name], square_sum)
+    tiles = _tiles(schema, pairs, BLOCK_ELEMENTS)
+    square_sums = dict(
+        zip(
+            (a.name for a, _ in pairs),
+            crew.map(lambda pair: [layer(pair, units[pair[0].name])], pairs),
+            strict=True,
+        )
+    )
+    parts = _map(crew, tiles, lambda tile: tensor(tile, units[tile[0].name]), _length)
+    for (spec, _, _), part in zip(tiles, parts, strict=True):
+        square_sums.setdefault(spec.name, []).append(part)
+    for name, own in square_sums.items():
+        factors[name] = rescale.directional(round_.weights, norms[name], math.fsum(own))
     return factors
 
 
-def _grams(pool: Executor, round_: _Round, schema: Schema, pairs: Sequence[Pair]) -> dict[str, Float64]:
+def _grams(crew: Crew, round_: _Round, schema: Schema, pairs: Sequence[Pair]) -> dict[str, Float64]:
     """Inner products of the clipped movements, tensor by tensor, of ΔW for layers merged as such."""
     _check_ranks(round_, schema.tensors)
     clips_W = np.array([each.clip for each in round_.contributors])
@@ -638,8 +618,8 @@ def _grams(pool: Executor, round_: _Round, schema: Schema, pairs: Sequence[Pair]
         return lora.change_gram(*round_.layer(pair)).numpy() * np.outer(clips_W, clips_W)
 
     tiles = _tiles(schema, pairs, _GRAM_ELEMENTS)
-    grams = dict(zip((a.name for a, _ in pairs), pool.map(layer, pairs), strict=True))
-    for (spec, _, _), gram_WW in zip(tiles, _map(pool, tiles, tensor, _length), strict=True):
+    grams = dict(zip((a.name for a, _ in pairs), crew.map(layer, pairs), strict=True))
+    for (spec, _, _), gram_WW in zip(tiles, _map(crew, tiles, tensor, _length), strict=True):
         grams[spec.name] = grams[spec.name] + gram_WW if spec.name in grams else gram_WW
     return grams
 
@@ -647,13 +627,12 @@ def _grams(pool: Executor, round_: _Round, schema: Schema, pairs: Sequence[Pair]
 def _report(
     round_: _Round,
     space: LoraSpace | None,
-    layers: Sequence[lora.Recompressed],
+    losses: Sequence[tuple[float, float]],
     times: Sequence[float],
     *,
     norms: bool,
 ) -> MergeReport:
-    lost = math.fsum(layer.lost_square_sum for layer in layers)
-    total = math.fsum(layer.total_square_sum for layer in layers)
+    lost, total = (math.fsum(each) for each in zip((0.0, 0.0), *losses, strict=True))
     counted = norms or round_.parameters.trim is not None
     return MergeReport(
         rule=round_.rule.name,

@@ -87,7 +87,11 @@ def dropped_by_rank(
     """
     width, stop = spec.shape[-1] if spec.shape else 1, start + len(values_T)
     first, last = start // width * width, -(-stop // width) * width
-    whole = read(first, last) if last - first > len(values_T) else values_T
+    whole = values_T
+    if last - first > len(values_T):
+        whole = read(first, last)
+        # The tile may lie where this has been read to.
+        values_T = whole[start - first : stop - first]
     order = np.argsort(np.abs(whole).reshape(-1, width), axis=1, kind="stable")
     ranks = np.empty_like(order)
     np.put_along_axis(ranks, order, np.arange(width)[np.newaxis], axis=1)

@@ -59,6 +59,8 @@ class MergeRule(Generic[P]):
     choose: Callable[[Grams, Float64, P], Mapping[str, Float64]] | None = None
     """(inner products of the updates by tensor [W, W], weights [W], parameters) → weights by tensor [W], that
     the rule is then run with."""
+    keeps_nan: bool = False
+    """NaN or infinity in an update is still NaN or infinity in what is merged: nobody has to look for it before."""
     row_by_row: bool = False
     """It takes one update after the other, so that tiles need not be shorter where there are more."""
     needs_fisher: bool = False

@@ -145,6 +145,10 @@ def elect(
     else:
         by_weight = convention in (TiesConvention.OFFICIAL, TiesConvention.MERGEKIT)
         chosen_T, counts_T = _weighted(movements, elected_T, by_weight=by_weight)
+    if not equal or convention is TiesConvention.FREQUENCY:
+        # NaN agrees with nobody, and infinity may be outvoted: what is not finite has to show in the result.
+        with np.errstate(invalid="ignore"):
+            chosen_T += (sums.positive + sums.negative) * np.float32(0)
     scale = parameters.scale
     if parameters.average:
         np.divide(chosen_T, counts_T, out=chosen_T)
@@ -185,7 +189,8 @@ def _weighted(
     for row in movements.rows():
         if row.indices is None:
             agreeing_T = row.values * positive_T > 0
-            chosen_T += row.raw * agreeing_T * np.float32(row.factor)
+            with np.errstate(invalid="ignore"):  # infinity that disagrees
+                chosen_T += row.raw * agreeing_T * np.float32(row.factor)
             counts_T += agreeing_T * np.float32(row.weight if by_weight else each)
         else:
             agreeing = row.raw * positive_T[row.indices] > 0
@@ -311,6 +316,7 @@ ROWS: Final[tuple[MergeRule[Any], ...]] = (
         paper="https://arxiv.org/abs/2306.01708",
         merge=ties,
         survey=sign_balance,
+        keeps_nan=True,
         row_by_row=True,
         secure_aggregation=True,
     ),

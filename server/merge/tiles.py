@@ -8,6 +8,7 @@ Legend: W = updates, T = elements of a tile.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
@@ -75,6 +76,8 @@ class Update(Protocol):
 
     def tile(self, name: str, start: int, stop: int) -> Float32:
         """The movement of elements ``start:stop`` of tensor ``name``, flat in C order.
+
+        The next tile of any update may come to lie where this one lies.
 
         Of a smaller rank, the elements are those of its own, smaller tensor (``Schema.at_rank``).
         """
@@ -183,6 +186,15 @@ class Scratch:
         buffer = self.take(name, size, dtype)
         buffer.fill(0)
         return buffer
+
+
+class _Own(threading.local):
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+OWN: Final = _Own()
+"""What each thread has for itself, from one merge to the next: a model is a few hundred of them."""
 
 
 def readable(values: Float32, scratch: Scratch) -> torch.Tensor:

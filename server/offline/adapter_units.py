@@ -29,6 +29,7 @@ import torch
 
 from weft.common.modules import LORA_A, LORA_B, Schema, TensorSpec
 from weft.server.merge import lora
+from weft.server.merge.crew import Crew
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import LoraSpace
 from weft.server.merge.tiles import Arrays, Float32, Sink, Tiles
@@ -127,16 +128,13 @@ class LinearLayer:
         """All of it."""
         return self
 
-    def merge(self, store: Store, *, threads: int) -> Loss:
-        """Write A and B of rank R."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return self._merge(store)
-        finally:
-            torch.set_num_threads(before)
+    @property
+    def splits(self) -> bool:
+        """A layer is one job."""
+        return False
 
-    def _merge(self, store: Store) -> Loss:
+    def merge(self, store: Store, crew: Crew) -> Loss:
+        """Write A and B of rank R."""
         coefficients = _coefficients(self.choice)
         factors = [part.factors(torch.device(self.device)) for part in self.parts]
         scaled = [
@@ -249,7 +247,12 @@ class DenseLayer:
         """All of it."""
         return self
 
-    def merge(self, store: Store, *, threads: int) -> Loss:
+    @property
+    def splits(self) -> bool:
+        """A layer is one job."""
+        return False
+
+    def merge(self, store: Store, crew: Crew) -> Loss:
         """Write A and B of rank R."""
         o, i = self.parts[0].layer.shape
         merged = Arrays({self.name: np.zeros((o, i), np.float32)})
@@ -266,14 +269,9 @@ class DenseLayer:
             for place, weight in enumerate(self.choice.weights)
         ]
         schema = Schema((TensorSpec(self.name, "F32", (o, i)),))
-        merge_coordinates(updates, Zeros(), schema, merged, choice=self.choice, threads=threads)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            delta_oi = torch.from_numpy(merged.arrays[self.name]).to(self.device)
-            factors, loss = truncate(delta_oi, min(self.rank, o, i))
-        finally:
-            torch.set_num_threads(before)
+        merge_coordinates(updates, Zeros(), schema, merged, choice=self.choice, crew=crew)
+        delta_oi = torch.from_numpy(merged.arrays[self.name]).to(self.device)
+        factors, loss = truncate(delta_oi, min(self.rank, o, i))
         _write_factors(store, self.name, factors, self.rank)
         return loss
 
@@ -373,7 +371,12 @@ class WholeAdapter:
         """All of it."""
         return self
 
-    def merge(self, store: Store, *, threads: int) -> Loss:
+    @property
+    def splits(self) -> bool:
+        """The engine writes tensors and layers straight into the store."""
+        return True
+
+    def merge(self, store: Store, crew: Crew) -> Loss:
         """Write all factors."""
         if not any(self.choice.weights):
             return copy_start(self.specs, Zeros(), store)
@@ -387,7 +390,5 @@ class WholeAdapter:
             for place, (each, weight) in enumerate(zip(self.adapters, self.choice.weights, strict=True))
         ]
         choice = dataclasses.replace(self.choice, multiple=1.0)
-        report = merge_coordinates(
-            updates, Zeros(), Schema(self.specs), store, choice=choice, threads=threads
-        )
+        report = merge_coordinates(updates, Zeros(), Schema(self.specs), store, choice=choice, crew=crew)
         return Loss(report.truncation_error**2, 1.0) if report.lora is LoraSpace.EXACT else Loss()

@@ -73,7 +73,12 @@ def merge(
     budget: Annotated[
         int, typer.Option(help="Trials at most; 0: 2n − 1 for greedy, 40 for lorahub.", min=0)
     ] = 0,
-    threads: Annotated[int, typer.Option(help="0: one a core.", min=0)] = 0,
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="Processes that share the work (threads where they cannot be forked); 0: one a core.", min=0
+        ),
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda for adapters.")] = "cpu",
     digests: Annotated[bool, typer.Option(help="Hash all inputs for the manifest.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
@@ -199,8 +204,12 @@ def _run(
     if asked is not None:
         recipe = _found(recipe, to, asked, options, as_json=as_json).recipe
         plan = merging.make_plan(recipe, device=device)
-    with _progress(plan, shown=not as_json and console.is_terminal) as advance:
-        result = merging.merge(recipe, plan, to, options, advance=advance)
+    try:
+        with _progress(plan, shown=not as_json and console.is_terminal) as advance:
+            result = merging.merge(recipe, plan, to, options, advance=advance)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the same command goes on where it was, from {to}.partial", err=True)
+        raise
     if asked is not None:
         forget(to)
     _print_result(result, recipe.table.get("search"), as_json=as_json)

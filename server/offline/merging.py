@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +20,7 @@ from blake3 import blake3
 from weft.common.errors import UsageError
 from weft.common.ids import digest
 from weft.common.tensors import DTYPES
+from weft.server.merge.crew import ALONE, Crew, Threads, can_fork, run_forked
 from weft.server.merge.rule import Scope
 from weft.server.merge.rules import RULES
 from weft.server.merge.selection import BLOCK_ELEMENTS
@@ -29,7 +31,6 @@ from weft.server.offline.inputs import Adapter, Checkpoint, open_checkpoint, ope
 from weft.server.offline.output import Done, Output, Shard, plan_shards
 from weft.server.offline.plan import Plan
 from weft.server.offline.recipe import Recipe
-from weft.server.offline.sources import Weights
 from weft.server.offline.units import Loss, Unit
 
 MANIFEST: Final = "merge.json"
@@ -38,6 +39,12 @@ _SCRATCH_ARRAYS: Final = 24
 """Arrays of a tile's length that a thread holds, generously."""
 _WHOLE_ARRAYS: Final = 8
 """Float64 arrays of a tensor's length that a rule of a wider scope holds beside one for each input, at most."""
+_SPLIT_ELEMENTS: Final = 1 << 22
+"""Units from this size on are shared by a crew."""
+_GROUP_ELEMENTS: Final = 1 << 24
+"""Smaller ones are handed out until they come to this many,"""
+_GROUP_TURNS: Final = 4
+"""and at least so many for each."""
 _CANDIDATES: Final = 0.06
 """Share of a tensor that selecting a threshold gathers, at most."""
 
@@ -143,24 +150,16 @@ def merge(
         UsageError: ``to`` exists.
     """
     began = clock()
+    written = _Written(options.threads, advance)
     with Output(
-        to, _shards(recipe, plan), _identity(recipe, plan), advance=advance, durable=options.durable
+        to, _shards(recipe, plan), _identity(recipe, plan), advance=written.add, durable=options.durable
     ) as output:
         resumed = set(output.done)
         sizes = {spec.name: spec.size * DTYPES[spec.dtype].itemsize for spec in plan.specs}
-        # The notary hashes what was read and written while the next unit is merged.
-        with ThreadPoolExecutor(options.threads) as pool, ThreadPoolExecutor(1) as notary:
-            noted: list[Future[None]] = []
-            for unit in plan.units:
-                if unit.name in resumed:
-                    advance(sum(sizes[name] for name in unit.outputs))
-                    continue
-                loss = unit.merge(output, threads=options.threads)
-                noted.append(notary.submit(_note, output, pool, unit, loss, digests=options.digests))
-                if len(noted) > 1:
-                    noted.pop(0).result()
-            for note in noted:
-                note.result()
+        if resumed:
+            advance(sum(sizes[name] for unit in plan.units if unit.name in resumed for name in unit.outputs))
+        remaining = [unit for unit in plan.units if unit.name not in resumed]
+        _run(options, lambda crew: _merge_units(remaining, output, crew, written, digests=options.digests))
         error = _truncation_error(output.done.values())
         manifest = _manifest(recipe, plan, output.done, truncation_error=error)
         output.publish(
@@ -187,18 +186,25 @@ def estimate(
     """What a merge would take, by merging a part of its largest unit into nothing."""
     largest = max(plan.units, key=lambda unit: unit.num_elements)
     part = largest.sample(_SAMPLE_ELEMENTS)
-    part.merge(_Nowhere(), threads=options.threads)  # warm: libraries start, pages come in
+    part.merge(_Nowhere(), ALONE)  # warm: libraries start, pages come in
     began = clock()
-    part.merge(_Nowhere(), threads=options.threads)
+    part.merge(_Nowhere(), ALONE)
+    merged = clock()
     share = sum(unit.num_elements for unit in plan.units) / max(1, part.num_elements)
     reads = {(label, name): weights for unit in plan.units for label, weights, name in unit.reads}
+    read_bytes = sum(weights.raw(name).nbytes for (_, name), weights in reads.items())
+    hashing = 0.0
+    if options.digests:
+        _, weights, name = largest.reads[0]
+        weights.digest(name)
+        hashing = (clock() - merged) * read_bytes / max(1, weights.raw(name).nbytes)
     return Estimate(
         num_tensors=len(plan.specs),
         num_parameters=plan.num_parameters,
-        read_bytes=sum(weights.raw(name).nbytes for (_, name), weights in reads.items()),
+        read_bytes=read_bytes,
         write_bytes=sum(shard.size_bytes for shard in _shards(recipe, plan)),
         memory_bytes=_memory(recipe, largest, options),
-        seconds=(clock() - began) * share,
+        seconds=((merged - began) * share + hashing) / options.threads,
         notes=(*recipe.notes, *plan.notes),
     )
 
@@ -226,27 +232,99 @@ class _Nowhere:
         """Forget it."""
 
 
-def _note(output: Output, pool: ThreadPoolExecutor, unit: Unit, loss: Loss, *, digests: bool) -> None:
-    """Enter a merged unit into the journal."""
-    output.finish_unit(
-        unit.name,
-        unit.outputs,
-        _digests(pool, unit) if digests else {},
-        lost_square_sum=loss.lost_square_sum,
-        total_square_sum=loss.total_square_sum,
+class _Written:
+    """Bytes written by all members of a crew, told to the one who asked by the first."""
+
+    def __init__(self, size: int, advance: Callable[[int], None]) -> None:
+        self._by_rank = multiprocessing.RawArray("q", size)
+        self._advance, self._told = advance, 0
+        self._lock = threading.Lock()
+        self.rank = 0
+
+    def add(self, count: int) -> None:
+        """Count some more."""
+        with self._lock:
+            self._by_rank[self.rank] += count
+            if self.rank == 0:
+                self.tell()
+
+    def tell(self) -> None:
+        """Say what is new."""
+        if (total := sum(self._by_rank)) > self._told:
+            self._advance(total - self._told)
+            self._told = total
+
+
+def _run(options: Options, program: Callable[[Crew], None]) -> None:
+    """Run a program with as many as the options say: processes where they can be forked, else threads."""
+    if options.threads > 1 and options.device == "cpu" and can_fork():
+        run_forked(options.threads, program)
+    else:
+        program(Threads(options.threads))
+
+
+def _merge_units(
+    units: Sequence[Unit], output: Output, crew: Crew, written: _Written, *, digests: bool
+) -> None:
+    """Merge units and enter them into the journal. All members of a crew run this."""
+    written.rank = crew.rank
+    for group in _groups(units, crew.size):
+        if len(group) == 1 and group[0].splits:
+            losses = [group[0].merge(output, crew)]
+        else:
+            losses = crew.map(lambda unit: unit.merge(output, ALONE), group)
+        dones = _dones(group, losses, output, crew, digests=digests)
+        if crew.rank == 0:
+            written.tell()
+            for unit, done in zip(group, dones, strict=True):
+                output.finish_unit(unit.name, done)
+
+
+def _groups(units: Sequence[Unit], size: int) -> Iterator[list[Unit]]:
+    """Large units that a crew shares, and several others at a time, of which each takes its own."""
+    group: list[Unit] = []
+    for unit in units:
+        if unit.splits and unit.num_elements >= _SPLIT_ELEMENTS:
+            yield [unit]
+            continue
+        group.append(unit)
+        if len(group) >= _GROUP_TURNS * size and sum(each.num_elements for each in group) >= _GROUP_ELEMENTS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _dones(
+    units: Sequence[Unit], losses: Sequence[Loss], output: Output, crew: Crew, *, digests: bool
+) -> list[Done]:
+    """What the journal is to say of units, with BLAKE3 of what they have read and written, still in memory."""
+    reads = [read for unit in units for read in unit.reads] if digests else []
+    outputs = [name for unit in units for name in unit.outputs]
+    # The largest first: nobody is to begin with it when all others are done.
+    reads.sort(key=lambda read: -read[1].raw(read[2]).nbytes)
+    read = dict(
+        zip(
+            ((label, name) for label, _, name in reads),
+            crew.map(lambda read: read[1].digest(read[2]), reads),
+            strict=True,
+        )
     )
-
-
-def _digests(pool: ThreadPoolExecutor, unit: Unit) -> dict[str, dict[str, str]]:
-    """BLAKE3 of what a unit has read, by input and tensor, while it is still in memory."""
-
-    def one(read: tuple[str, Weights, str]) -> str:
-        return read[1].digest(read[2])
-
-    found: dict[str, dict[str, str]] = {}
-    for (label, _, name), value in zip(unit.reads, pool.map(one, unit.reads), strict=True):
-        found.setdefault(label, {})[name] = value
-    return found
+    stored = dict(zip(outputs, crew.map(output.digest, outputs), strict=True))
+    dones = []
+    for unit, loss in zip(units, losses, strict=True):
+        inputs: dict[str, dict[str, str]] = {}
+        for label, _, name in unit.reads if digests else ():
+            inputs.setdefault(label, {})[name] = read[label, name]
+        dones.append(
+            Done(
+                outputs={name: stored[name] for name in unit.outputs},
+                inputs=inputs,
+                lost_square_sum=loss.lost_square_sum,
+                total_square_sum=loss.total_square_sum,
+            )
+        )
+    return dones
 
 
 def _truncation_error(units: Iterable[Done]) -> float | None:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +33,6 @@ from weft.server.merge.tiles import Float32
 from weft.server.offline.sources import is_finite
 
 JOURNAL: Final = "journal.jsonl"
-_READ_BYTES: Final = 1 << 18
-"""What is hashed at once: it fits a core's second-level cache."""
 _METADATA: Final = {"format": "pt"}
 _INFINITY: Final = {"F16": 0x7C00, "BF16": 0x7F80}
 """Its bits."""
@@ -135,6 +134,7 @@ class Output:
         self._places = {name: (shard, entry) for shard in shards for name, entry in shard.entries.items()}
         self._stack = contextlib.ExitStack()
         self._files: dict[str, BinaryIO] = {}
+        self._maps: dict[str, mmap.mmap] = {}
         try:
             with _storage_errors(to):
                 self._journal = self._open(identity)
@@ -169,7 +169,11 @@ class Output:
             journal.truncate(0)
             journal.write(json.dumps({"merge": identity}).encode() + b"\n")
         for shard in self._shards:
-            self._files[shard.name] = self._stack.enter_context(_create(self.partial, shard))
+            file = self._stack.enter_context(_create(self.partial, shard))
+            self._files[shard.name] = file
+            self._maps[shard.name] = self._stack.enter_context(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            )
         return journal
 
     def _resume(self, identity: str) -> dict[str, Done]:
@@ -187,7 +191,7 @@ class Output:
             record = json.loads(line)
             name = record.pop("unit")
             done = Done(**record)
-            if all(self._digest(tensor) == digest for tensor, digest in done.outputs.items()):
+            if all(self.digest(tensor) == digest for tensor, digest in done.outputs.items()):
                 found[name] = done
         return found
 
@@ -219,35 +223,20 @@ class Output:
     def finish_unit(
         self,
         unit: str,
-        outputs: Sequence[str],
-        inputs: Mapping[str, Mapping[str, str]],
-        *,
-        lost_square_sum: float,
-        total_square_sum: float,
+        done: Done,
     ) -> None:
         """Note that all tensors of a unit are written."""
-        done = Done(
-            outputs={name: self._digest(name) for name in outputs},
-            inputs=inputs,
-            lost_square_sum=lost_square_sum,
-            total_square_sum=total_square_sum,
-        )
         record = {"unit": unit, **{field: getattr(done, field) for field in Done.__slots__}}
         with _storage_errors(self._to):
             self._journal.write(json.dumps(record).encode() + b"\n")
         self.done[unit] = done
 
-    def _digest(self, name: str) -> str:
+    def digest(self, name: str) -> str:
+        """BLAKE3-256 of a tensor as it is stored."""
         shard, entry = self._places[name]
-        hasher, offset, stop = blake3(), shard.data_start + entry.start, shard.data_start + entry.stop
-        buffer = memoryview(bytearray(_READ_BYTES))
-        while offset < stop:
-            count = os.preadv(self._files[shard.name].fileno(), [buffer[: stop - offset]], offset)
-            if not count:
-                return ""  # shorter than it should be: it does not hold what was written
-            hasher.update(buffer[:count])
-            offset += count
-        return hasher.hexdigest()
+        begin, stop = shard.data_start + entry.start, shard.data_start + entry.stop
+        with memoryview(self._maps[shard.name]) as view:
+            return blake3(view[begin:stop]).hexdigest()
 
     def publish(self, files: Mapping[str, bytes | Path]) -> None:
         """Add the other files and let the result appear, complete, at its place."""

@@ -19,7 +19,8 @@ from blake3 import blake3
 from weft.common.errors import TensorFileError
 from weft.common.modules import TensorSpec
 from weft.common.tensors import FOREIGN, TensorFile, float8_to_float32
-from weft.server.merge.tiles import Float32, Tiles, Update, aligned
+from weft.server.merge.selection import BLOCK_ELEMENTS
+from weft.server.merge.tiles import OWN, Float32, Tiles, Update, aligned
 
 FLOAT8: Final = frozenset({"F8_E4M3", "F8_E5M2"})
 """What is too coarse to store results in."""
@@ -143,7 +144,7 @@ class Movement:
         values = self._trained.tile(name, start, stop)
         if self._base is not None:
             base = self._base.tile(name, start, stop)
-            values = np.subtract(values, base, out=aligned(len(values), np.float32))
+            values = np.subtract(values, base, out=_difference(len(values)))
         if self._turned:
             values = -values
         if self._checked and not is_finite(values):
@@ -157,6 +158,13 @@ class Movement:
     def fisher_tile(self, name: str, _start: int, _stop: int) -> Float32:
         """No such file carries a Fisher."""
         raise ValueError(f"{self._label} has no Fisher for {name}")
+
+
+def _difference(size: int) -> Float32:
+    """Where to compute a movement: of tiles always in the same place, since a fresh one each costs page faults."""
+    if size > BLOCK_ELEMENTS:
+        return aligned(size, np.float32)
+    return OWN.scratch.take("difference", size, np.float32)
 
 
 def is_finite(values: Float32) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol
@@ -15,16 +14,26 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from weft.common.errors import UsageError
+from weft.common.errors import ComputeError, UsageError
 from weft.common.modules import Schema, TensorSpec
+from weft.server.merge.crew import Crew
 from weft.server.merge.engine import MergeReport, merge_module
 from weft.server.merge.masks import dropped, dropped_by_rank
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import Clip, Trim
-from weft.server.merge.statistics import find_cut
-from weft.server.merge.tiles import Float32, Scratch, Sink, Tiles, Update
+from weft.server.merge.statistics import Cut, find_cut
+from weft.server.merge.tiles import Float32, Scratch, Sink, Tiles, Update, spans
 from weft.server.offline.recipe import Choice, Drop, Thinning
-from weft.server.offline.sources import Movement, Recent, Thin, Thinned, Weights, Zeros
+from weft.server.offline.sources import (
+    Movement,
+    Recent,
+    Thin,
+    Thinned,
+    Weights,
+    Zeros,
+    is_finite,
+    not_finite,
+)
 from weft.server.outer import OuterSettings
 
 
@@ -69,7 +78,12 @@ class Unit(Protocol):
         """Elements that it merges, of one input: what its time is in proportion to."""
         ...
 
-    def merge(self, store: Store, *, threads: int) -> Loss:
+    @property
+    def splits(self) -> bool:
+        """Whether processes can share it: then all that its jobs write goes to the store."""
+        ...
+
+    def merge(self, store: Store, crew: Crew) -> Loss:
         """Write every element of its outputs."""
         ...
 
@@ -133,7 +147,12 @@ class Coordinates:
             for spec in self.specs
         )
 
-    def merge(self, store: Store, *, threads: int) -> Loss:
+    @property
+    def splits(self) -> bool:
+        """It is merged tile by tile, straight into the store."""
+        return True
+
+    def merge(self, store: Store, crew: Crew) -> Loss:
         """Write every element of its tensors."""
         base = _recent(self.base)
         if self.onto is None:
@@ -142,28 +161,33 @@ class Coordinates:
             start = base if base is not None and self.onto is self.base else Recent(self.onto)
         if not any(self.choice.weights):
             return copy_start(self.specs, start, store)
-        merge_coordinates(
-            [
-                Movement(
-                    source, label=source.label, place=place, weight=weight, base=base, checked=self._checks
-                )
-                for place, (source, weight) in enumerate(zip(self.sources, self.choice.weights, strict=True))
-            ],
-            start,
-            Schema(self.specs),
-            store,
-            choice=self.choice,
-            threads=threads,
-        )
+        movements = [
+            Movement(source, label=source.label, place=place, weight=weight, base=base, checked=self._checks)
+            for place, (source, weight) in enumerate(zip(self.sources, self.choice.weights, strict=True))
+        ]
+        try:
+            merge_coordinates(movements, start, Schema(self.specs), store, choice=self.choice, crew=crew)
+        except ComputeError:
+            self._check_inputs()
+            raise
         return Loss()
 
     @property
     def _checks(self) -> bool:
-        """Whether NaN could get lost on the way; through a weighted mean it cannot, and the result is checked."""
-        rule = RULES[self.choice.settings.rule]
+        """Whether NaN could get lost on the way; else it shows in the result, which is checked."""
         settings = self.choice.settings
+        rule = RULES[settings.rule]
         weighed = rule.choose is not None or settings.clip is not Clip.NONE
-        return rule.linear is None or weighed or self.choice.thinnings is not None
+        return not rule.keeps_nan or weighed or self.choice.thinnings is not None
+
+    def _check_inputs(self) -> None:
+        """Say which input is not finite, if one is not: the result is not."""
+        for source, weight in zip(self.sources, self.choice.weights, strict=True):
+            for spec in self.specs if weight else ():
+                for begin, stop in spans(spec.size, _COPY_ELEMENTS):
+                    values = source.tile(spec.name, begin, stop)
+                    if not is_finite(values):
+                        raise not_finite(source.label, spec.name, begin, values)
 
     def sample(self, num_elements: int) -> Unit:
         """The first rows of its largest tensor."""
@@ -182,13 +206,11 @@ def merge_coordinates(
     sink: Sink,
     *,
     choice: Choice,
-    threads: int,
+    crew: Crew,
 ) -> MergeReport:
     """Merge movements with the engine; a choice's own thinnings come first."""
     if choice.thinnings is not None:
-        with ThreadPoolExecutor(threads) as pool:
-            cuts = pool.map(partial(_cuts, schema), updates, choice.thinnings)
-            updates = [Thinned(update, cut) for update, cut in zip(updates, cuts, strict=True)]
+        updates = _thinned(updates, choice.thinnings, schema, crew)
     return merge_module(
         updates,
         start,
@@ -198,7 +220,7 @@ def merge_coordinates(
         outer=OuterSettings(learning_rate=choice.multiple),
         input_grams=choice.input_grams,
         norms=False,
-        threads=threads,
+        crew=crew,
     )
 
 
@@ -206,17 +228,33 @@ def _recent(source: Source | None) -> Recent | None:
     return None if source is None else Recent(source)
 
 
-def _cuts(schema: Schema, update: Update, thinning: Thinning) -> dict[str, Thin]:
-    """How each tensor of an update is thinned, with thresholds found."""
-    if thinning is None:
-        return {}
-    if isinstance(thinning, Drop):
-        return {spec.name: _chance(update, spec, thinning) for spec in schema.tensors}
-    return {spec.name: _largest(update, spec, thinning) for spec in schema.tensors}
+def _thinned(
+    updates: Sequence[Update], thinnings: Sequence[Thinning], schema: Schema, crew: Crew
+) -> list[Update]:
+    """Each update as its own thinning leaves it, with thresholds found."""
+    trims = [
+        (update, spec, thinning)
+        for update, thinning in zip(updates, thinnings, strict=True)
+        if isinstance(thinning, Trim)
+        for spec in schema.tensors
+    ]
+    cuts = iter(crew.map(lambda job: _cut(*job), trims))
+    thinned: list[Update] = []
+    for update, thinning in zip(updates, thinnings, strict=True):
+        thins: dict[str, Thin] = {}
+        for spec in schema.tensors if thinning is not None else ():
+            thins[spec.name] = (
+                _chance(update, spec, thinning) if isinstance(thinning, Drop) else _largest(next(cuts))
+            )
+        thinned.append(Thinned(update, thins))
+    return thinned
 
 
-def _largest(update: Update, spec: TensorSpec, trim: Trim) -> Thin:
-    cut, _ = find_cut(partial(update.tile, spec.name), spec.size, trim, Scratch())
+def _cut(update: Update, spec: TensorSpec, trim: Trim) -> Cut:
+    return find_cut(partial(update.tile, spec.name), spec.size, trim, Scratch())[0]
+
+
+def _largest(cut: Cut) -> Thin:
     # Scratch of its own each time: several threads read at once, and the engine may hold what it was given.
     return lambda values, start: cut.apply(values, start, Scratch())
 
@@ -236,8 +274,7 @@ def _chance(update: Update, spec: TensorSpec, drop: Drop) -> Thin:
 def copy_start(specs: Sequence[TensorSpec], start: Tiles, sink: Sink) -> Loss:
     """Write what movements would be added to, where none counts."""
     for spec in specs:
-        for first in range(0, spec.size, _COPY_ELEMENTS):
-            stop = min(first + _COPY_ELEMENTS, spec.size)
+        for first, stop in spans(spec.size, _COPY_ELEMENTS):
             sink.write(spec.name, first, np.array(start.tile(spec.name, first, stop)))
     return Loss()
 
@@ -269,7 +306,12 @@ class Copied:
         """It, in every input."""
         return tuple((source.label, source.weights, self.name) for source in self.sources)
 
-    def merge(self, store: Store, *, threads: int) -> Loss:
+    @property
+    def splits(self) -> bool:
+        """It is one job."""
+        return False
+
+    def merge(self, store: Store, crew: Crew) -> Loss:
         """Write it as it is."""
         store.store(self.name, 0, self.sources[0].weights.raw(self.name))
         return Loss()

@@ -17,6 +17,7 @@ from tests.handmade import adapter_product, merge_inputs, write_adapter
 
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge import lora
+from weft.server.merge.crew import Threads
 from weft.server.merge.engine import MergeReport, merge_module
 from weft.server.merge.settings import Clip, LoraSpace, MergeRuleName, MergeSettings
 from weft.server.merge.tiles import Arrays, ArrayUpdate
@@ -264,7 +265,7 @@ def test_a_zero_a_to_stay_near_still_gives_the_product() -> None:
 
 def test_the_merge_leaves_the_number_of_threads_alone() -> None:
     before = torch.get_num_threads()
-    merge(updates_of(2), random_arrays(1), threads=2)
+    merge(updates_of(2), random_arrays(1), crew=Threads(2))
     assert torch.get_num_threads() == before
 
 

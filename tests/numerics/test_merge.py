@@ -20,6 +20,7 @@ from weft.common.errors import EngineFailed, RunFileError, UsageError
 from weft.common.modules import Schema, TensorSpec
 from weft.common.settings import from_table, to_table
 from weft.server.merge import rules
+from weft.server.merge.crew import Threads
 from weft.server.merge.engine import MergeReport, OuterState, merge_module
 from weft.server.merge.rule import Scope
 from weft.server.merge.rules import RULES
@@ -262,14 +263,14 @@ def test_the_same_updates_give_the_same_bytes(
     start = random_arrays(schema, 7)
     held = random_arrays(outer_schema(schema, outer), 8) if outer.num_slots else None
 
-    def bytes_of(given_updates: Sequence[ArrayUpdate], **more: int) -> list[bytes]:
+    def bytes_of(given_updates: Sequence[ArrayUpdate], **more: Any) -> list[bytes]:
         after = Arrays.zeros(outer_schema(schema, outer)) if outer.num_slots else None
         state = OuterState(before=held, after=after) if after else None
         merged, _ = merge(given_updates, schema, chosen, outer=outer, start=start, outer_state=state, **more)
         return [a.tobytes() for a in (*merged.values(), *(after.arrays.values() if after else ()))]
 
     shuffled = [updates[index] for index in order]
-    assert bytes_of(shuffled, tile_elements=tile_elements, threads=threads) == bytes_of(updates)
+    assert bytes_of(shuffled, tile_elements=tile_elements, crew=Threads(threads)) == bytes_of(updates)
 
 
 def distinct(seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from weft.common.errors import EngineFailed, UsageError
 from weft.common.modules import Schema, TensorSpec
+from weft.server.merge.crew import Threads
 from weft.server.merge.engine import MergeReport, OuterState, merge_module
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import (
@@ -268,7 +269,7 @@ def test_the_same_updates_give_the_same_bytes(
     start, updates = random_arrays(SCHEMA, 1), updates_of()
     one, _ = merge(updates, start, chosen)
     shuffled = [updates[index] for index in order]
-    other, _ = merge(shuffled, start, chosen, tile_elements=tile_elements, threads=threads)
+    other, _ = merge(shuffled, start, chosen, tile_elements=tile_elements, crew=Threads(threads))
     assert [a.tobytes() for a in one.values()] == [a.tobytes() for a in other.values()]
 
 

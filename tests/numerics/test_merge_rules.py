@@ -19,6 +19,7 @@ from weft.common.errors import EngineFailed, RunFileError
 from weft.common.modules import Schema, TensorSpec
 from weft.common.settings import from_table, to_table
 from weft.server.merge import masks
+from weft.server.merge.crew import Threads
 from weft.server.merge.engine import MergeReport, merge_module
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import (
@@ -501,7 +502,9 @@ def test_the_same_updates_give_the_same_bytes(
     updates = updates_of(schema, [1, 2, 3, 4, 5, 6, 7.5])
     one, _ = merge(updates, schema, MergeSettings(rule=name))
     shuffled = [updates[index] for index in order]
-    other, _ = merge(shuffled, schema, MergeSettings(rule=name), tile_elements=tile_elements, threads=threads)
+    other, _ = merge(
+        shuffled, schema, MergeSettings(rule=name), tile_elements=tile_elements, crew=Threads(threads)
+    )
     assert [a.tobytes() for a in one.values()] == [a.tobytes() for a in other.values()]
 
 
@@ -513,7 +516,7 @@ def test_two_updates_give_the_same_bytes_in_either_order(
 ) -> None:
     updates, chosen = updates_of(LORA, [1, 2]), MergeSettings(rule=name, lora=space)
     one, _ = merge(updates, LORA, chosen)
-    other, _ = merge(updates[::-1], LORA, chosen, tile_elements=tile_elements, threads=threads)
+    other, _ = merge(updates[::-1], LORA, chosen, tile_elements=tile_elements, crew=Threads(threads))
     assert [a.tobytes() for a in one.values()] == [a.tobytes() for a in other.values()]
 
 
@@ -571,3 +574,29 @@ def test_the_documentation_has_the_defaults_of_every_table(name: MergeRuleName) 
         key: str(value).replace("e-0", "e-").replace("True", "true").replace("False", "false")
         for key, value in to_table(MergeSettings(rule=name).parameters).items()
     }
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], WEIGHTS])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        *(
+            MergeSettings(rule=MergeRuleName(row.name), clip=Clip.NONE)
+            for row in RULES.values()
+            if row.keeps_nan
+        ),
+        *(rule(MergeRuleName.TIES, TiesParameters(convention=each, density=0.2)) for each in TiesConvention),
+    ],
+)
+def test_what_is_not_finite_shows_in_the_result(
+    chosen: MergeSettings, weights: list[float], value: float
+) -> None:
+    updates = updates_of(FULL, weights)
+    for update in updates[:-1]:  # what one says, the others outvote
+        update.deltas.arrays["weight"][1, 2] = -np.sign(value) if np.isinf(value) else 1.0
+    updates[-1].deltas.arrays["weight"][1, 2] = value
+    with np.errstate(invalid="ignore"):
+        merged, _ = merge(updates, FULL, chosen, norms=False)
+    assert not np.isfinite(merged["weight"][1, 2])
+    assert np.isfinite(np.delete(merged["weight"].reshape(-1), merged["weight"].shape[1] + 2)).all()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from weft.common.errors import EngineFailed, RunFileError, UsageError
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge import spaces
+from weft.server.merge.crew import Threads
 from weft.server.merge.engine import MergeReport, merge_module
 from weft.server.merge.rule import Scope
 from weft.server.merge.rules import RULES
@@ -537,7 +538,7 @@ def test_the_same_updates_give_the_same_bytes(
     rules = MergeSettings(rule=name, clip=clip)
     one, _ = merge(updates, rules, schema, start=start)
     shuffled = [updates[index] for index in order]
-    other, _ = merge(shuffled, rules, schema, start=start, tile_elements=tile_elements, threads=threads)
+    other, _ = merge(shuffled, rules, schema, start=start, tile_elements=tile_elements, crew=Threads(threads))
     assert [a.tobytes() for a in one.values()] == [a.tobytes() for a in other.values()]
 
 

@@ -19,7 +19,7 @@ from tests.handmade import block_tensors, write_model
 from weft.common.errors import ComputeError, DiskFull, StateLocked, StorageError, UsageError
 from weft.common.modules import TensorSpec
 from weft.server.offline import merging
-from weft.server.offline.output import JOURNAL, Output, Shard, plan_shards
+from weft.server.offline.output import JOURNAL, Done, Output, Shard, plan_shards
 from weft.server.offline.recipe import InputSpec, RecipeFile, understand
 
 SPECS = (
@@ -51,7 +51,8 @@ def fill(into: Output, names: Sequence[str] = ("a", "b", "c", "d", "empty")) -> 
     }
     for name in names:
         values[name]()
-        into.finish_unit(name, (name,), {}, lost_square_sum=0.5, total_square_sum=2.0)
+        outputs = {name: into.digest(name)}
+        into.finish_unit(name, Done(outputs=outputs, inputs={}, lost_square_sum=0.5, total_square_sum=2.0))
 
 
 # ---- shards ------------------------------------------------------------------------------------------------------
@@ -219,7 +220,9 @@ def test_a_disk_that_fails_leaves_what_is_done(
         assert set(again.done) == {"a"}
 
 
-def test_a_merge_that_fails_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_merge_that_fails_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "_GROUP_ELEMENTS", 1)
+    monkeypatch.setattr(merging, "_GROUP_TURNS", 1)
     rng = np.random.default_rng(0)
     inputs = [
         InputSpec(path=str(write_model(tmp_path / name, block_tensors(rng)))) for name in ("one", "two")
