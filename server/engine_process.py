@@ -42,7 +42,7 @@ from weft.common.sequences import Sequences
 from weft.common.settings import from_table, to_table
 from weft.common.tensors import Float32Array, open_module, write_module
 from weft.server.flower.limits import FlowerSettings
-from weft.server.merge.crew import Threads
+from weft.server.merge.crew import Crew, Threads, can_fork, run_forked
 from weft.server.merge.engine import MergeReport, OuterState, merge_module
 from weft.server.merge.settings import MergeSettings
 from weft.server.merge.tiles import Arrays, Indices
@@ -50,6 +50,8 @@ from weft.server.outer import OuterSettings, slots_schema
 
 Job = Mapping[str, Any]
 Result = dict[str, Any]
+_FORKED_ELEMENTS: Final = 1 << 24
+"""Elements of all updates from which on forking, some ten milliseconds, is worth it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,28 +137,36 @@ class Jobs:
                 )
                 for item in job["updates"]
             ]
-            candidate, state = Arrays.zeros(schema), None
+            candidate, state = Arrays.shared(schema), None
             flower = from_table(FlowerSettings, job["flower"]) if job["flower"] else None
             num_slots = outer.num_slots + (len(flower.row.slots) if flower else 0)
             if num_slots:
                 state_schema, before = slots_schema(schema, num_slots), job["outer_state"]
                 held = stack.enter_context(open_module(Path(before), state_schema)) if before else None
-                following = Arrays.zeros(state_schema)
+                following = Arrays.shared(state_schema)
                 state = OuterState(before=held, after=following)
             shared: dict[str, Any] = {
                 "settings": from_table(MergeSettings, job["merge"]),
                 "outer": outer,
                 "outer_state": state,
                 "scaling": scaling,
-                "crew": Threads(torch.get_num_threads()),
             }
             if flower is None:
-                report = merge_module(updates, start, schema, candidate, num_paths=job["num_paths"], **shared)
+
+                def merge(crew: Crew) -> MergeReport:
+                    return merge_module(
+                        updates, start, schema, candidate, num_paths=job["num_paths"], crew=crew, **shared
+                    )
+
+                report = _by_all(merge, len(updates) * sum(spec.size for spec in schema.tensors))
             else:
                 # Flower is an extra, and takes half a second to import.
                 from weft.server.flower.rules import merge_with_flower
 
-                report = merge_with_flower(updates, start, schema, candidate, flower=flower, **shared)
+                crew = Threads(torch.get_num_threads())
+                report = merge_with_flower(
+                    updates, start, schema, candidate, flower=flower, crew=crew, **shared
+                )
         write_module(Path(job["candidate"]), candidate.arrays, schema)
         if state is not None:
             write_module(Path(job["outer_state_to"]), following.arrays, state_schema)
@@ -231,6 +241,14 @@ def read_module(path: Path, schema: Schema) -> dict[str, Float32Array]:
     """All tensors of a module file, float32, in memory."""
     with open_module(path, schema) as file:
         return {spec.name: np.array(file.array(spec.name)) for spec in schema.tensors}
+
+
+def _by_all(merge: Callable[[Crew], MergeReport], num_elements: int) -> MergeReport:
+    """Merge with a process for each core where there is enough to do, else with threads; both come to the same."""
+    num_cores = torch.get_num_threads()
+    if num_cores > 1 and num_elements >= _FORKED_ELEMENTS and can_fork():
+        return run_forked(num_cores, merge)
+    return merge(Threads(num_cores))
 
 
 def _schema(table: Any) -> Schema:

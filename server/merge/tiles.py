@@ -8,6 +8,7 @@ Legend: W = updates, T = elements of a tile.
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -112,6 +113,19 @@ class Arrays:
     def zeros(cls, schema: Schema) -> Arrays:
         """Arrays of zeros in the shapes of ``schema``."""
         return cls({spec.name: np.zeros(spec.shape, np.float32) for spec in schema.tensors})
+
+    @classmethod
+    def shared(cls, schema: Schema) -> Arrays:
+        """The same, in memory that forked processes write to together."""
+        arrays, end = {}, 0
+        places = {spec.name: (end, end := end + spec.size * 4) for spec in schema.tensors}
+        memory = mmap.mmap(-1, max(1, end))
+        for spec in schema.tensors:
+            start, stop = places[spec.name]
+            arrays[spec.name] = np.frombuffer(memory, np.float32, (stop - start) // 4, start).reshape(
+                spec.shape
+            )
+        return cls(arrays)
 
     def tile(self, name: str, start: int, stop: int) -> Float32:
         """A view of elements ``start:stop``."""

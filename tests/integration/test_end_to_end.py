@@ -34,6 +34,7 @@ RUNS = {
     "fisher": '[merge]\nrule = "fisher"\n[statistics]\nfisher_examples = 4\n[codec]\nkind = "ternary"\ndensity = 0.2\n'
     '[outer]\nname = "nesterov"\nlearning_rate = 0.7\nmomentum = 0.9',
     "shards": '[topology]\nexperts = [1, 1]\nlevels_per_task = 1\n[codec]\nkind = "ternary"\ndensity = 0.3',
+    "tsv": '[merge]\nrule = "tsv"\n[codec]\nkind = "int8"',
     "labels": '[task]\nkind = "sequence-classification"\nnum_labels = 3\n'
     '[gate]\nheldout = "labels.jsonl"\ntolerance = 10.0',
 }

@@ -20,7 +20,7 @@ from weft.common.errors import EngineFailed, RunFileError, UsageError
 from weft.common.modules import Schema, TensorSpec
 from weft.common.settings import from_table, to_table
 from weft.server.merge import rules
-from weft.server.merge.crew import Threads
+from weft.server.merge.crew import ALONE, Crew, Threads, can_fork, run_forked
 from weft.server.merge.engine import MergeReport, OuterState, merge_module
 from weft.server.merge.rule import Scope
 from weft.server.merge.rules import RULES
@@ -35,6 +35,7 @@ from weft.server.merge.settings import (
     LoraSpace,
     MergeRuleName,
     MergeSettings,
+    Rescale,
     TaskArithmeticParameters,
     TiesConvention,
     TiesParameters,
@@ -627,3 +628,37 @@ def test_the_example_of_the_documentation_is_a_rule(monkeypatch: pytest.MonkeyPa
     rows = stacked(updates, "weight")
     expected = ((rows.min(axis=0) + rows.max(axis=0)) / 2).astype(np.float32)
     np.testing.assert_array_equal(merged["weight"].reshape(-1), expected)
+
+
+@pytest.mark.skipif(not can_fork(), reason="processes are not forked here")
+@pytest.mark.parametrize(
+    ("chosen", "outer", "schema"),
+    [
+        (MergeSettings(), NESTEROV, FULL),
+        (MergeSettings(rule=MergeRuleName.TIES), SGD, LORA),
+        (MergeSettings(rule=MergeRuleName.KRUM), SGD, FULL),
+        (MergeSettings(rule=MergeRuleName.TSV), SGD, LORA),
+        (MergeSettings(lora=LoraSpace.EXACT, rescale=Rescale.RDA), SGD, LORA),
+    ],
+)
+def test_forked_processes_give_the_same_bytes(
+    chosen: MergeSettings, outer: OuterSettings, schema: Schema
+) -> None:
+    updates, start = updates_of(schema, 6, weights=[1, 2, 3, 4, 5, 6.5]), random_arrays(schema, 7)
+
+    def merged_by(run: Callable[[Callable[[Crew], MergeReport]], MergeReport]) -> tuple[list[bytes], Any]:
+        sink, state = Arrays.shared(schema), None
+        after = Arrays.shared(outer_schema(schema, outer)) if outer.num_slots else Arrays({})
+        if outer.num_slots:
+            state = OuterState(before=None, after=after)
+        report = run(
+            lambda crew: merge_module(
+                updates, start, schema, sink, settings=chosen, outer=outer, outer_state=state, crew=crew
+            )
+        )
+        arrays = (*sink.arrays.values(), *after.arrays.values())
+        return [each.tobytes() for each in arrays], (report.contributions, report.truncation_error)
+
+    alone = merged_by(lambda program: program(ALONE))
+    assert any(any(each) for each in alone[0])
+    assert merged_by(lambda program: run_forked(3, program)) == alone
