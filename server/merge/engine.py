@@ -133,44 +133,34 @@ class _Round:
     def movements(self, spec: TensorSpec, start: int, stop: int) -> Movements:
         return Movements(self.contributors, spec, start, stop, self.weights, OWN.scratch)
 
-    def combine(
-        self, tile: Tile, factors_W: Float64, merge: Callable[[Movements], Merged | None]
-    ) -> _Movement | None:
-        """``merge`` of every part of a tile that the same updates own; None where one of them is None."""
+    def combine(self, tile: Tile, factors_W: Float64, merge: Callable[[Movements], Merged]) -> _Movement:
+        """``merge`` of every part of a tile that the same updates own."""
         parts = self.movements(*tile).parts(factors_W)
         if len(parts) == 1 and parts[0].elements is None:
-            whole_T = merge(parts[0])
-            return None if whole_T is None else _Movement(whole_T, None)
+            return _Movement(merge(parts[0]), None)
         merged_T, owned_T = np.zeros(_length(tile)), np.zeros(_length(tile), np.bool_)
         for part in parts:
-            part_T = merge(part)
-            if part_T is None:
-                return None
-            merged_T[part.elements] = part_T
+            merged_T[part.elements] = merge(part)
             owned_T[part.elements] = True
         return _Movement(merged_T, owned_T)
 
     def movement(self, tile: Tile, factors_W: Float64, *, survey: int) -> _Movement:
         """The merged movement of a tile."""
-        done = self.combine(tile, factors_W, lambda part: self.rule.merge(part, survey, self.parameters))
-        assert done is not None  # noqa: S101
-        return done
+        return self.combine(tile, factors_W, lambda part: self.rule.merge(part, survey, self.parameters))
 
-    def survey_tile(self, tile: Tile, factors_W: Float64) -> int | tuple[int, Tile]:
-        """Count in a tile; write it if the sum of all counts cannot matter to it, else hand it back."""
-        survey, counts = self.rule.survey, []
+    def survey_tile(self, tile: Tile, factors_W: Float64) -> tuple[int, bool]:
+        """Count in a tile and write it as if the sum of all counts were positive; say whether that matters."""
+        survey, counts, mattering = self.rule.survey, [], []
         assert survey is not None  # noqa: S101
 
-        def count(part: Movements) -> Merged | None:
-            found, merged_T = survey(part, self.parameters)
+        def count(part: Movements) -> Merged:
+            found, merged_T, matters = survey(part, self.parameters)
             counts.append(found)
+            mattering.append(matters)
             return merged_T
 
-        done = self.combine(tile, factors_W, count)
-        if done is None:
-            return sum(counts), tile
-        self.write(tile, done)
-        return sum(counts)
+        self.write(tile, self.combine(tile, factors_W, count))
+        return sum(counts), any(mattering)
 
     def write(self, tile: Tile, moved: _Movement) -> None:
         """Write a tile of the next version, and of the next outer state."""
@@ -543,13 +533,14 @@ def _tiles(schema: Schema, without: Sequence[Pair], tile_elements: int) -> list[
 def _survey(
     crew: Crew, round_: _Round, tiles: list[Tile], factors: Mapping[str, Float64]
 ) -> tuple[int, list[Tile]]:
-    """What the rule counts over the module, and the tiles that had to wait for it; all where it does not count."""
+    """What the rule counts over the module, and the tiles to be merged by that; all where it does not count."""
     if not round_.parameters.surveys or round_.rule.survey is None:
         return 0, tiles
     done = _map(crew, tiles, lambda tile: round_.survey_tile(tile, factors[tile[0].name]), _length)
-    waiting = [each for each in done if isinstance(each, tuple)]
-    total = sum(each[0] if isinstance(each, tuple) else each for each in done)
-    return total, [tile for _, tile in waiting]
+    total = sum(count for count, _ in done)
+    # They were written as if it were positive.
+    again = () if total > 0 else zip(tiles, done, strict=True)
+    return total, [tile for tile, (_, matters) in again if matters]
 
 
 def _factors(

@@ -50,9 +50,9 @@ class MergeRule(Generic[P]):
     """Where it is not a tile, ``merge`` is for the tensors that do not have to be seen whole."""
     whole: WholeRule | None = None
     """(a tensor of every update, parameters) → the merged movement of all of it; where the scope is not a tile."""
-    survey: Callable[[Movements, P], tuple[int, Merged | None]] | None = None
-    """If the parameters say so: (a tile, parameters) → a whole number, added up over the module, and the
-    merged movement where the sum cannot matter to it."""
+    survey: Callable[[Movements, P], tuple[int, Merged, bool]] | None = None
+    """If the parameters say so: (a tile, parameters) → a whole number, added up over the module; the movement
+    merged as if the sum were positive; and whether it would be another if it is not."""
     linear: Callable[[int, P], float] | None = None
     """(updates, parameters) → what the weighted mean is multiplied by, for rules that are nothing else: they
     alone can merge LoRA as ΔW. Others would need a dense ΔW."""

@@ -201,10 +201,10 @@ def _weighted(
     return chosen_T, counts_T
 
 
-def sign_balance(movements: Movements, parameters: TiesParameters) -> tuple[int, Float32 | None]:
+def sign_balance(movements: Movements, parameters: TiesParameters) -> tuple[int, Float32, bool]:
     """Coordinates of positive mass less those of negative mass: its sign is the module's majority sign.
 
-    It matters only where masses tie, which they hardly do: elsewhere the tile is merged at once.
+    It matters only where masses tie, which they hardly do but for those of bfloat16.
     """
     sums, flags = _signed_sums(movements), movements.scratch.take("flags", movements.size, np.bool_)
     mass_T = np.add(
@@ -214,9 +214,8 @@ def sign_balance(movements: Movements, parameters: TiesParameters) -> tuple[int,
     num_zero = int(np.count_nonzero(np.equal(mass_T, 0, out=flags)))
     balance = 2 * num_positive + num_zero - movements.size
     # Where masses tie and are not of zeros alone.
-    if num_zero and np.any(sums.num_positive * flags.view(np.uint8)):
-        return balance, None
-    return balance, elect(movements, sums, parameters, tie_is_positive=True)
+    is_tied = bool(num_zero and np.any(sums.num_positive * flags.view(np.uint8)))
+    return balance, elect(movements, sums, parameters, tie_is_positive=True), is_tied
 
 
 def sign_majority(movements: Movements, _survey: int, _parameters: RuleParameters) -> Float32:
@@ -257,7 +256,7 @@ def dare_ties(movements: Movements, survey: int, parameters: DareTiesParameters)
     return ties(thinned, survey, parameters.election)
 
 
-def dare_balance(movements: Movements, parameters: DareTiesParameters) -> tuple[int, Float32 | None]:
+def dare_balance(movements: Movements, parameters: DareTiesParameters) -> tuple[int, Float32, bool]:
     """``sign_balance`` of what chance leaves."""
     return sign_balance(dataclasses.replace(movements, thin=_dare(parameters)), parameters.election)
 

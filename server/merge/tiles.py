@@ -40,7 +40,7 @@ class Tiles(Protocol):
 
 
 class Sink(Protocol):
-    """Where the next version goes; every element is written exactly once, in any order."""
+    """Where the next version goes; every element is written, in any order, some again: what comes last holds."""
 
     def write(self, name: str, start: int, values: Float32) -> None:
         """Set elements from ``start`` of tensor ``name``."""

@@ -19,7 +19,6 @@ from blake3 import blake3
 
 from weft.common.errors import UsageError
 from weft.common.ids import digest
-from weft.common.tensors import DTYPES
 from weft.server.merge.crew import ALONE, Crew, Threads, can_fork, run_forked
 from weft.server.merge.rule import Scope
 from weft.server.merge.rules import RULES
@@ -155,9 +154,9 @@ def merge(
         to, _shards(recipe, plan), _identity(recipe, plan), advance=written.add, durable=options.durable
     ) as output:
         resumed = set(output.done)
-        sizes = {spec.name: spec.size * DTYPES[spec.dtype].itemsize for spec in plan.specs}
         if resumed:
-            advance(sum(sizes[name] for unit in plan.units if unit.name in resumed for name in unit.outputs))
+            names = (name for unit in plan.units if unit.name in resumed for name in unit.outputs)
+            advance(sum(output.size_of(name) for name in names))
         remaining = [unit for unit in plan.units if unit.name not in resumed]
         _run(options, lambda crew: _merge_units(remaining, output, crew, written, digests=options.digests))
         error = _truncation_error(output.done.values())
@@ -233,26 +232,33 @@ class _Nowhere:
 
 
 class _Written:
-    """Bytes written by all members of a crew, told to the one who asked by the first."""
+    """Bytes written by all members of a crew, told to the one who asked by the first; some are written twice."""
 
     def __init__(self, size: int, advance: Callable[[int], None]) -> None:
         self._by_rank = multiprocessing.RawArray("q", size)
         self._advance, self._told = advance, 0
         self._lock = threading.Lock()
+        self._begin, self._size = 0, 0
         self.rank = 0
+
+    def begin(self, size: int) -> None:
+        """Begin with something of ``size`` bytes."""
+        self._begin, self._size, self._told = sum(self._by_rank), size, 0
+
+    def finish(self) -> None:
+        """It is written."""
+        if self._told < self._size:
+            self._advance(self._size - self._told)
+            self._told = self._size
 
     def add(self, count: int) -> None:
         """Count some more."""
         with self._lock:
             self._by_rank[self.rank] += count
-            if self.rank == 0:
-                self.tell()
-
-    def tell(self) -> None:
-        """Say what is new."""
-        if (total := sum(self._by_rank)) > self._told:
-            self._advance(total - self._told)
-            self._told = total
+            now = min(sum(self._by_rank) - self._begin, self._size)
+            if self.rank == 0 and now > self._told:
+                self._advance(now - self._told)
+                self._told = now
 
 
 def _run(options: Options, program: Callable[[Crew], None]) -> None:
@@ -269,13 +275,14 @@ def _merge_units(
     """Merge units and enter them into the journal. All members of a crew run this."""
     written.rank = crew.rank
     for group in _groups(units, crew.size):
+        written.begin(sum(output.size_of(name) for unit in group for name in unit.outputs))
         if len(group) == 1 and group[0].splits:
             losses = [group[0].merge(output, crew)]
         else:
             losses = crew.map(lambda unit: unit.merge(output, ALONE), group)
         dones = _dones(group, losses, output, crew, digests=digests)
         if crew.rank == 0:
-            written.tell()
+            written.finish()
             for unit, done in zip(group, dones, strict=True):
                 output.finish_unit(unit.name, done)
 

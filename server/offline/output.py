@@ -231,6 +231,11 @@ class Output:
             self._journal.write(json.dumps(record).encode() + b"\n")
         self.done[unit] = done
 
+    def size_of(self, name: str) -> int:
+        """Bytes of a tensor."""
+        entry = self._places[name][1]
+        return entry.stop - entry.start
+
     def digest(self, name: str) -> str:
         """BLAKE3-256 of a tensor as it is stored."""
         shard, entry = self._places[name]

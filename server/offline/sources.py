@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -42,6 +43,7 @@ class Weights:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._flat: dict[str, npt.NDArray[Any]] = {}
+        self._bfloat16: dict[str, torch.Tensor] = {}
         specs: dict[str, TensorSpec] = {}
         for path in paths:
             file = TensorFile(path, FOREIGN)
@@ -53,10 +55,19 @@ class Weights:
                     )
                 specs[spec.name] = spec
                 self._flat[spec.name] = file.array(spec.name).reshape(-1)
+                if spec.dtype == "BF16":
+                    self._bfloat16[spec.name] = _for_torch(self._flat[spec.name]).view(torch.bfloat16)
         self.specs: Mapping[str, TensorSpec] = specs
 
     def tile(self, name: str, start: int, stop: int) -> Float32:
-        """Elements ``start:stop`` of a floating-point tensor, float32 [T]; float64 is rounded."""
+        """Elements ``start:stop`` of a floating-point tensor, float32 [T]; float64 is rounded.
+
+        The next tile of any tensor may come to lie where this one lies.
+        """
+        if name in self._bfloat16:
+            wide = _place("wide", stop - start)
+            torch.from_numpy(wide).copy_(self._bfloat16[name][start:stop])
+            return wide
         return _widen(self._flat[name][start:stop], self.specs[name].dtype)
 
     def raw(self, name: str) -> npt.NDArray[Any]:
@@ -69,9 +80,6 @@ class Weights:
 
 
 def _widen(values: npt.NDArray[Any], dtype: str) -> Float32:
-    if dtype == "BF16":
-        wide: npt.NDArray[np.uint32] = np.left_shift(values, 16, dtype=np.uint32)
-        return wide.view(np.float32)
     if dtype in FLOAT8:
         return float8_to_float32(values, dtype)
     if dtype in FLOATS:
@@ -99,10 +107,11 @@ class Recent:
         """Elements ``start:stop``, not to be written to."""
         span = (name, start, stop)
         if getattr(self._local, "span", None) != span:
-            self._local.values = self._tiles.tile(*span)
+            values = self._tiles.tile(*span)
+            self._local.values = values.copy() if values.flags.writeable else values
             self._local.span = span
-        values: Float32 = self._local.values
-        return values
+        held: Float32 = self._local.values
+        return held
 
 
 class Movement:
@@ -118,7 +127,7 @@ class Movement:
         label: str,
         place: int,
         weight: float = 1.0,
-        base: Tiles | None = None,
+        base: Recent | None = None,
         checked: bool = True,
         sparse: bool = False,
     ) -> None:
@@ -129,7 +138,7 @@ class Movement:
             label: What the input is called in messages.
             place: Its place among the inputs, which they are added up in.
             weight: What it counts for; a negative one turns the movement round.
-            base: What it is measured from; None: from zero.
+            base: What it is measured from, ``Recent``; None: from zero.
             checked: Refuse NaN and infinity; linear rules hand them on to the result, where they are found.
             sparse: It is trimmed already.
         """
@@ -141,10 +150,11 @@ class Movement:
 
     def tile(self, name: str, start: int, stop: int) -> Float32:
         """The movement of elements ``start:stop``, float32 [T]."""
+        # First the base, which is kept: the next tile that is read may take the place of the last.
+        base = None if self._base is None else self._base.tile(name, start, stop)
         values = self._trained.tile(name, start, stop)
-        if self._base is not None:
-            base = self._base.tile(name, start, stop)
-            values = np.subtract(values, base, out=_difference(len(values)))
+        if base is not None:
+            values = np.subtract(values, base, out=_place("difference", len(values)))
         if self._turned:
             values = -values
         if self._checked and not is_finite(values):
@@ -160,11 +170,18 @@ class Movement:
         raise ValueError(f"{self._label} has no Fisher for {name}")
 
 
-def _difference(size: int) -> Float32:
-    """Where to compute a movement: of tiles always in the same place, since a fresh one each costs page faults."""
+def _place(name: str, size: int) -> Float32:
+    """Where to compute: tiles always in the same place, since a fresh one each costs page faults."""
     if size > BLOCK_ELEMENTS:
         return aligned(size, np.float32)
-    return OWN.scratch.take("difference", size, np.float32)
+    return OWN.scratch.take(name, size, np.float32)
+
+
+def _for_torch(halves: npt.NDArray[np.uint16]) -> torch.Tensor:
+    """Mapped 16-bit elements, int16, to be read only: torch widens them faster than numpy."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(halves.view(np.int16))
 
 
 def is_finite(values: Float32) -> bool:

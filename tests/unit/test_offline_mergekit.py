@@ -70,7 +70,8 @@ def merged(directory: Path, case: Mapping[str, Any], to: Path) -> make.Vector:
     plan = merging.make_plan(recipe, device="cpu")
     merging.merge(recipe, plan, to, merging.Options(threads=1, digests=False), advance=lambda count: None)
     weights = open_checkpoint(to, "the result").weights
-    return np.concatenate([weights.tile(name, 0, int(np.prod(shape))) for name, shape in make.SHAPES.items()])
+    tiles = (weights.tile(name, 0, int(np.prod(shape))).copy() for name, shape in make.SHAPES.items())
+    return np.concatenate([*tiles])
 
 
 def test_every_method_has_a_case() -> None:
