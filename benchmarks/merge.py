@@ -6,11 +6,11 @@ The limit is one arithmetic mean pass over the mapped inputs, by tiles and with 
 a result's bytes to a new file. ``weft`` is timed as a whole merge in a process that has started (plan, merge,
 journal, sync, rename), with and without hashing the inputs for the manifest, and once as the command from its
 start. Each repetition of a merge is followed by one of the limit, and the ratios are medians of pairs, by wall
-clock and by processor time: other work on the machine meets both alike. ``peft`` is ``peft.utils.merge_utils``
-tensor by tensor without writing files; ``mergekit`` is its command in the interpreter that is named; both are
-timed once, at the counts of ``--their-inputs``. Peak memory is the growth of anonymous pages of a process of its
-own. Weights are random and differ from input to input: what selection costs hardly depends on them. All of it is
-one run; times are medians.
+clock and by processor time of all processes: other work on the machine meets both alike. ``peft`` is
+``peft.utils.merge_utils`` tensor by tensor without writing files; ``mergekit`` is its command in the interpreter that
+is named; both are timed once, at the counts of ``--their-inputs``. Peak memory is the growth of anonymous pages of a
+process of its own and its forks. Weights are random and differ from input to input: what selection costs hardly
+depends on them. All of it is one run; times are medians.
 
 ``--scale 1`` is 134 million parameters (18 blocks of width 640); the default, 8, is an eighth of the blocks'
 and the vocabulary's size and takes two minutes.
@@ -220,28 +220,19 @@ def mergekit_s(python: Path, models: Sequence[Path], base: Path, rule: str, to: 
 
 
 CHILD = """
-import json, shutil, sys, threading
+import json, shutil, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 import merge as bench
-def anonymous():
-    lines = open("/proc/self/status").read().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+from lib.memory import watched
 def run(inputs, base):
     recipe = bench.recipe_of([Path(each) for each in inputs], Path(base), {rule!r})
     bench.weft(recipe, Path({to!r}), {threads}, digests=True)
     shutil.rmtree({to!r})
 run({tiny!r}, {tiny_base!r})
-before, peak, stop = anonymous(), [0], threading.Event()
-def watch():
-    while not stop.wait(0.005):
-        peak[0] = max(peak[0], anonymous())
-watcher = threading.Thread(target=watch, daemon=True)
-watcher.start()
-run({inputs!r}, {base!r})
-stop.set()
-watcher.join()
-print(json.dumps(peak[0] - before))
+with watched() as growth:
+    run({inputs!r}, {base!r})
+print(json.dumps(growth.mib))
 """
 
 
@@ -265,9 +256,15 @@ class Timed:
 
 def clocks(action: Callable[[], object]) -> tuple[float, float]:
     """Seconds of wall clock and of all processors."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), _cpu_s()
     action()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - wall, _cpu_s() - cpu
+
+
+def _cpu_s() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def timed(
@@ -301,7 +298,7 @@ def bare_s(recipe: Recipe, to: Path, threads: int, arguments: argparse.Namespace
 def peak_mib(
     rule: str, inputs: Sequence[Path], base: Path, tiny: Sequence[Path], to: Path, threads: int
 ) -> float:
-    """Growth of anonymous memory of a process that has merged something small before."""
+    """Growth of anonymous memory of a process that has merged something small before, and of its forks, in MiB."""
     code = CHILD.format(
         here=str(Path(__file__).parent),
         rule=rule,
@@ -313,7 +310,7 @@ def peak_mib(
         tiny_base=str(tiny[0]),
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(done.stdout)) / 2**20
+    return float(json.loads(done.stdout))
 
 
 # -- tables ------------------------------------------------------------------------------------------------

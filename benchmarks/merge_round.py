@@ -3,10 +3,10 @@
     python benchmarks/merge_round.py [--write]
 
 Speed: bytes of updates merged per second, beside one arithmetic pass over the same bytes from memory (a
-float32 sum on as many threads) and beside ``peft.utils.merge_utils`` tensor by tensor; with clipping, as in a
-round, and without, as offline. Sparse: 64 ternary updates, decoded from their files and merged, beside one read
-of those files. Memory: peak allocation of the merge itself at 2, 8 and 64 updates, inputs and result excluded.
-Weights are random.
+float32 sum on as many threads as there are processes) and beside ``peft.utils.merge_utils`` tensor by tensor; with
+clipping, as in a round, and without, as offline. Sparse: 64 ternary updates, decoded from their files and merged,
+beside one read of those files. Memory: peak allocation of the merge itself in one process at 2, 8 and 64 updates,
+inputs and result excluded. Weights are random.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from weft.common.codec import CodecKind, CodecSettings, UpdateFile, encode_update
 from weft.common.modules import Schema, TensorSpec
-from weft.server.merge.crew import Threads
+from weft.server.merge.crew import ALONE, Crew, run_forked
 from weft.server.merge.engine import merge_module
 from weft.server.merge.settings import (
     Clip,
@@ -125,24 +125,29 @@ def peft_ties(updates: Sequence[ArrayUpdate], schema: Schema) -> None:
 
 
 def merge(
-    updates: Sequence[Update], start: Arrays, schema: Schema, case: str, threads: int, sink: Arrays
+    updates: Sequence[Update], start: Arrays, schema: Schema, case: str, processes: int, sink: Arrays
 ) -> None:
-    chosen = CASES[case]
-    merge_module(
-        updates,
-        start,
-        schema,
-        sink,
-        settings=chosen,
-        outer=OuterSettings(),
-        crew=Threads(threads),
-        norms=False,
-    )
+    def program(crew: Crew) -> None:
+        merge_module(
+            updates,
+            start,
+            schema,
+            sink,
+            settings=CASES[case],
+            outer=OuterSettings(),
+            crew=crew,
+            norms=False,
+        )
+
+    if processes > 1:
+        run_forked(processes, program)
+    else:
+        program(ALONE)
 
 
 def speed_rows(label: str, schema: Schema, count: int, cases: Sequence[str], threads: int) -> list[str]:
     rng = np.random.default_rng(0)
-    updates, start, sink = updates_of(schema, count, rng), random_arrays(schema, rng), Arrays.zeros(schema)
+    updates, start, sink = updates_of(schema, count, rng), random_arrays(schema, rng), Arrays.shared(schema)
     gigabytes = count * schema.num_parameters * 4 / 1e9
     read_s = best_s(lambda: read_once(updates, schema, threads))
     results = {"one pass over the bytes": read_s}
@@ -156,7 +161,7 @@ def speed_rows(label: str, schema: Schema, count: int, cases: Sequence[str], thr
     ]
 
 
-def memory_rows(cases: Sequence[str], threads: int) -> list[str]:
+def memory_rows(cases: Sequence[str]) -> list[str]:
     schema, rng = full_schema(), np.random.default_rng(0)
     (update,) = updates_of(schema, 1, rng)
     start, sink = random_arrays(schema, rng), Arrays.zeros(schema)
@@ -170,7 +175,7 @@ def memory_rows(cases: Sequence[str], threads: int) -> list[str]:
                 for n in range(count)
             ]
             tracemalloc.start()
-            merge(updates, start, schema, case, threads, sink)
+            merge(updates, start, schema, case, 1, sink)
             peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
             tracemalloc.stop()
         rows.append(f"| {case} | " + " | ".join(f"{peak:.0f}" for peak in peaks) + " |")
@@ -204,7 +209,7 @@ class FileUpdate:
 def sparse_rows(count: int, threads: int) -> list[str]:
     """A round of updates in their files, 96 MiB each were they dense."""
     schema = Schema(tuple(TensorSpec(f"{number:02d}", "F32", (1024, 1024)) for number in range(24)))
-    start, sink = Arrays.zeros(schema), Arrays.zeros(schema)
+    start, sink = Arrays.zeros(schema), Arrays.shared(schema)
     rows = []
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         # Four different files under many names: their size is read, and decoded, once a name.
@@ -236,7 +241,7 @@ def sparse_rows(count: int, threads: int) -> list[str]:
             merge(fresh, start, schema, name, threads, sink)
             seconds = time.perf_counter() - begin
             tracemalloc.start()  # which slows down: a run of its own
-            merge(updates(), start, schema, name, threads, sink)
+            merge(updates(), start, schema, name, 1, sink)
             peak = tracemalloc.get_traced_memory()[1] / 2**20
             tracemalloc.stop()
             rows.append(f"| {name} | {seconds:.2f} | {1e3 * seconds / count:.1f} | {peak:.0f} |")
@@ -254,11 +259,11 @@ def report(threads: int) -> str:
     setting = (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d} · {os.cpu_count()} cores, {processor()}, "
         f"load {os.getloadavg()[0]:.1f} at the start · torch {torch.__version__}, numpy {np.__version__} · "
-        f"{threads} threads · `python benchmarks/merge_round.py --write`"
+        f"{threads} processes · `python benchmarks/merge_round.py --write`"
     )
     memory = (
         f"Peak MiB allocated by the merge of {full_schema().num_parameters / 1e6:.1f} M parameters "
-        f"(64 MiB an update; inputs and result excluded), {threads} threads:"
+        f"(64 MiB an update; inputs and result excluded), in one process:"
     )
     lines = [
         "# Merging a round",
@@ -274,7 +279,7 @@ def report(threads: int) -> str:
         "",
         "| rule | 2 updates | 8 updates | 64 updates |",
         "|---|---|---|---|",
-        *memory_rows(coordinate_wise, threads),
+        *memory_rows(coordinate_wise),
         "",
         "64 ternary updates of density 0.05 of 25.2 M parameters, from their files, decoded and merged:",
         "",

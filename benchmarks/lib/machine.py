@@ -22,7 +22,9 @@ def memory_gb() -> float:
 
 def setting(packages: tuple[str, ...], *, load_before: float) -> str:
     """One paragraph: date, machine, load, versions, command."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    # Paths are the machine's own.
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     return (
         f"{datetime.now(UTC):%Y-%m-%d} · {os.cpu_count()} cores, {processor()}, {memory_gb():.0f} GB memory · "

@@ -24,7 +24,7 @@ import torch
 from weft.common.errors import EngineFailed
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge import lora, nested, rescale
-from weft.server.merge.crew import ALONE, Crew
+from weft.server.merge.crew import ALONE, Crew, Threads
 from weft.server.merge.movements import Contributor, Movements
 from weft.server.merge.rule import Merged, MergeRule, Scope
 from weft.server.merge.rules import RULES
@@ -351,7 +351,7 @@ def merge_module(
     times.append(clock())
     pairs = _pairs(schema) if space is LoraSpace.EXACT else []
     whole = _seen_whole(round_, schema, pairs)
-    tiles = _tiles(schema, pairs, tile_elements or _tile_elements(round_))
+    tiles = _tiles(schema, pairs, tile_elements or _tile_elements(round_, crew))
     tiles = [tile for tile in tiles if tile[0] not in whole]
     factors = _factors(crew, round_, schema, pairs, settings=settings, num_paths=num_paths)
     survey, tiles = _survey(crew, round_, tiles, factors)
@@ -513,10 +513,10 @@ def _length(tile: Tile) -> int:
     return tile[2] - tile[1]
 
 
-def _tile_elements(round_: _Round) -> int:
+def _tile_elements(round_: _Round, crew: Crew) -> int:
     if round_.rule.row_by_row:
-        # Smaller ones would fit a core's cache, and lose more to threads that wait for the interpreter.
-        return BLOCK_ELEMENTS
+        # Small enough for a core's cache, unless threads wait for the interpreter between them.
+        return BLOCK_ELEMENTS if isinstance(crew, Threads) and crew.size > 1 else BLOCK_ELEMENTS // 2
     return max(1024, WORKING_ELEMENTS // len(round_.contributors))
 
 
