@@ -259,6 +259,11 @@ def _introduction() -> str:
                 "functions of `weft merge`, and the result is tested on every task.",
             ),
             paragraph(
+                "Not in the tables: `fisher`, since no directory carries a Fisher (workers of a run send it); `krum`, "
+                "`multi_krum`, `bulyan`, `trimmed_mean` and `centred_clipping`, which among four honest experts have "
+                "nothing to guard against (see [robustness.md](robustness.md)); `negation`, which takes a skill away.",
+            ),
+            paragraph(
                 "*Normalised* is the average over tasks of accuracy / that task's expert's accuracy, in percent. *As "
                 "it comes*: the rule's defaults. *Scale tuned*: the merged movement times that of",
                 f"{', '.join(f'{scale:g}' for scale in SCALES)} which is best on the validation splits; *scales*: what "
