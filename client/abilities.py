@@ -95,10 +95,17 @@ def training_bytes(
     *,
     dtype: torch.dtype,
     quantise: Quantisation,
+    num_shares: int = 1,
 ) -> int:
-    """Roughly what training takes at its peak, batches cut as small as they must be."""
+    """Roughly what training takes at its peak, batches cut as small as they must be; of a base, its share."""
     is_full = recipe.topology.kind is Kind.FULL
-    fixed = needed_bytes(base_dir, recipe, dtype=torch.float32 if is_full else dtype, quantise=quantise)
+    fixed = needed_bytes(
+        base_dir,
+        recipe,
+        dtype=torch.float32 if is_full else dtype,
+        quantise=quantise,
+        num_shares=num_shares,
+    )
     # The experts of a level are all of one size.
     sizes = sorted(
         (_size(schemas[ModuleKey(level, 0)], ability) for level in range(len(recipe.topology.experts))),

@@ -63,6 +63,13 @@ Rank = Annotated[
 Processes = Annotated[
     int | None, typer.Option(min=1, help="Processes that share each batch, one a GPU; one of them talks.")
 ]
+ShardBase = Annotated[
+    bool | None,
+    typer.Option(
+        "--shard-base/--no-shard-base",
+        help="Divide a frozen base among --processes: one that does not fit into a GPU.",
+    ),
+]
 ExitWhenFinished = Annotated[
     bool, typer.Option("--exit-when-finished", help="Leave when all runs are finished.")
 ]
@@ -104,6 +111,7 @@ def join(
     threads: Threads = None,
     rank: Rank = None,
     processes: Processes = None,
+    shard_base: ShardBase = None,
     exit_when_finished: ExitWhenFinished = False,
     insecure: Insecure = False,
 ) -> None:
@@ -126,7 +134,7 @@ def join(
     texts: dict[str, str | int | None] = {
         key: None if value is None else str(value) for key, value in given.items()
     }
-    numbers = {"threads": threads, "rank": rank, "processes": processes}
+    numbers = {"threads": threads, "rank": rank, "processes": processes, "shard_base": shard_base}
     settings = joining.settle(directory, texts | numbers)
     with joining.alone(directory):
         member, found = _enter(directory, address, parsed, settings, insecure=insecure)

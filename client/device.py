@@ -63,17 +63,26 @@ def find_device() -> Device:
     return Device(torch_device=torch.device("cpu"), dtype=torch.float32, name=name)
 
 
-def needed_bytes(base_dir: Path, recipe: Recipe, *, dtype: torch.dtype, quantise: Quantisation) -> int:
+def needed_bytes(
+    base_dir: Path, recipe: Recipe, *, dtype: torch.dtype, quantise: Quantisation, num_shares: int = 1
+) -> int:
     """Roughly what any training over the base takes at the least: its weights, and one sequence on its way.
 
-    A batch goes through in pieces as small as they must be. What is trained is not counted.
+    A batch goes through in pieces as small as they must be. What is trained is not counted. A base divided among
+    processes takes its share, and what is gathered: two blocks (the next one comes while one is used), and what is
+    outside of all blocks.
     """
     config = read_config(base_dir, recipe.task).get_text_config()
     bytes_per_parameter = _4BIT_BYTES if quantise == "4bit" else float(dtype.itemsize)
     num_tokens = recipe.inner.sequence_length
     activations = num_tokens * config.num_hidden_layers * config.hidden_size * _ACTIVATION_BYTES
     logits = num_tokens * (recipe.task.num_labels or config.vocab_size) * _LOGIT_BYTES
-    total = num_base_parameters(base_dir) * bytes_per_parameter + activations * dtype.itemsize / 2 + logits
+    num_held = num_parameters = num_base_parameters(base_dir)
+    if num_shares > 1:
+        num_outside = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        num_gathered = num_outside + 2 * max(0, num_parameters - num_outside) // config.num_hidden_layers
+        num_held = num_parameters // num_shares + num_gathered
+    total = num_held * bytes_per_parameter + activations * dtype.itemsize / 2 + logits
     return int(total * _SPARE)
 
 
@@ -90,6 +99,7 @@ def check_memory(needed: int, available: int | None, *, quantise: Quantisation) 
     if available is None or needed <= available:
         return
     smaller = "" if quantise == "4bit" else "; on CUDA --quantise 4bit takes about a quarter"
+    smaller += ", --processes N --shard-base an N-th" if smaller else ""
     raise OutOfMemory(
         f"the run needs about {needed / _GIB:.1f} GiB and {available / _GIB:.1f} GiB are free",
         hint=f"free memory, or use a machine with more{smaller}",

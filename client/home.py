@@ -104,6 +104,8 @@ class WorkerSettings:
     """Largest LoRA rank to train; 0 for any that fits into memory."""
     processes: int = 0
     """Processes that share each batch, a GPU for each; 0 or 1 is this one alone."""
+    shard_base: bool = False
+    """Each of them holds a share of a frozen base, not all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,9 @@ A viewer joins in the same way and then only looks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import functools
 import hashlib
 import logging
 import random
@@ -56,9 +58,8 @@ from weft.common.statements import JOIN_TYPE, JoinStatement
 if TYPE_CHECKING:
     # torch takes seconds to import: a wrong token is refused before.
     from weft.client.device import Device
-    from weft.client.trainer.gradients import Gradients
-    from weft.client.trainer.parallel import Group
-    from weft.client.worker import View, Worker
+    from weft.client.trainer.group import Group
+    from weft.client.worker import Setup, View, Worker
     from weft.common.composition import Quantisation
 
 logger = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ def settle(state: Path, given: Mapping[str, str | int | None]) -> WorkerSettings
 
     Raises:
         DataError: There is nothing at the data path.
+        UsageError: A base cannot be divided so.
     """
     remembered = load_settings(state)
     values: dict[str, str | int] = {"name": socket.gethostname(), "data": ""}
@@ -229,7 +231,23 @@ def settle(state: Path, given: Mapping[str, str | int | None]) -> WorkerSettings
     settings = WorkerSettings(**values)  # type: ignore[arg-type]
     if settings.data and not Path(settings.data).exists():
         raise DataError(f"there is no {settings.data}", hint="give --data a file or a directory that exists")
+    if settings.shard_base:
+        check_sharding(settings.processes, settings.quantise)
     return settings
+
+
+def check_sharding(num_processes: int, quantise: str) -> None:
+    """Raise UsageError when a base would not be divided: among one, or with weights of 4 bits."""
+    if num_processes < 2:
+        raise UsageError(
+            "--shard-base divides the base among processes, and there is one",
+            hint="add --processes N, one for each GPU, or leave it out: --no-shard-base",
+        )
+    if quantise:
+        raise UsageError(
+            f"--shard-base does not divide weights that --quantise {quantise} has packed",
+            hint="take one of the two: 4 bits take a quarter of the memory, N processes an N-th each",
+        )
 
 
 def choose_device(settings: WorkerSettings) -> Device:
@@ -293,7 +311,6 @@ def make_worker(
     group: Group | None = None,
 ) -> tuple[Worker, Transport]:
     """The worker and its connection; ``group`` is what :func:`beside` gives."""
-    from weft.client.trainer.gradients import ALONE
     from weft.client.worker import Setup, Worker
 
     quantise: Quantisation = "4bit" if settings.quantise else "none"
@@ -315,8 +332,9 @@ def make_worker(
         device=device,
         quantise=quantise,
         rank_max=settings.rank,
-        gradients=_gradients_of(group, device, quantise) if group else lambda base_dir: ALONE,
     )
+    if group is not None:
+        setup = with_group(setup, group, divided=settings.shard_base)
     worker = Worker(
         setup,
         transport,
@@ -339,17 +357,27 @@ def beside(settings: WorkerSettings, device: Device) -> Iterator[Group | None]:
     if settings.processes < 2:
         yield None
         return
-    from weft.client.trainer.parallel import launch
+    from weft.client.trainer.group import launch
 
     with launch(settings.processes, device.torch_device) as group:
         yield group
 
 
-def _gradients_of(group: Group, device: Device, quantise: Quantisation) -> Callable[[Path], Gradients]:
-    def gradients(base_dir: Path) -> Gradients:
-        return group.gradients(base_dir, dtype=device.dtype, quantise=quantise)
+def with_group(setup: Setup, group: Group, *, divided: bool) -> Setup:
+    """Let a group compute for a worker, each process over the whole base or over its share of it."""
+    from weft.client.trainer.parallel import Shared
+    from weft.client.trainer.sharding import InStep, open_sharded
 
-    return gradients
+    if not divided:
+        return dataclasses.replace(setup, gradients=Shared(group, quantise=setup.quantise))
+    # Processes without GPUs of their own divide one memory, in which all shares are.
+    num_shares = group.size if group.device.type == "cuda" else 1
+    return dataclasses.replace(
+        setup,
+        gradients=InStep(group),
+        load=functools.partial(open_sharded, group),
+        num_shares=num_shares,
+    )
 
 
 def work(worker: Worker, on_stop: Callable[[int], None]) -> int:

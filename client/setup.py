@@ -89,7 +89,11 @@ class Setup:
     """Largest LoRA rank to train; 0 for any that fits."""
     checkpoint_s: float = 60.0
     """How often a task is saved within its inner loop."""
-    gradients: Callable[[Path], Gradients] = lambda base_dir: ALONE
-    """Who computes a batch's gradients over a base: this process, or it and others beside it."""
+    gradients: Gradients = ALONE
+    """Who computes a batch's gradients: this process, or it and others beside it."""
+    load: Callable[..., ResidentBase] = field(default_factory=lambda: ResidentBase.load)
+    """Loads a base as ``ResidentBase.load`` does, into this process or divided among it and others."""
+    num_shares: int = 1
+    """Processes among which a base is divided."""
     residents: Residents = field(default_factory=dict)
     """Bases in memory; one for all workers that live one after another in a process."""

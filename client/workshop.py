@@ -219,6 +219,7 @@ class Workshop:
                 ability,
                 dtype=me.device.dtype,
                 quantise=me.quantise,
+                num_shares=me.num_shares,
             )
 
         # A base that is there already has taken its memory.
@@ -233,7 +234,7 @@ class Workshop:
         """The run's base in memory, loaded once per process."""
         me, key = self.me, _resident_key(run.recipe)
         if key not in me.residents:
-            me.residents[key] = ResidentBase.load(
+            me.residents[key] = me.load(
                 run.base_dir,
                 run.recipe.task,
                 device=me.device.torch_device,

@@ -138,6 +138,15 @@ class _Adapters:
             self._slots[slot] = recipe, adapter
         return parameters
 
+    def adopt(self, recipe: Recipe, parameters: Mapping[str, nn.Parameter], rank: int) -> None:
+        """Make these the parameters of the unnamed slot: themselves, so that whoever trains them goes on."""
+        adapter = _adapter_name(recipe, "", rank)
+        self.attach(recipe, adapter, rank)
+        self._wrapper.set_adapter(adapter)
+        for place, name in self._places(adapter).items():
+            module, _, own = place.rpartition(".")
+            setattr(self._wrapper.get_submodule(module), own, parameters[name])
+
     def activate(self, recipe: Recipe, slot: str) -> dict[str, nn.Parameter]:
         """Switch to a named slot; raises ValueError when it was not composed for this run."""
         held, adapter = self._slots.get(slot, (None, ""))
@@ -181,13 +190,16 @@ class _Adapters:
 
     def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters under Weft's names."""
+        return {name: self._wrapper.get_parameter(place) for place, name in self._places(adapter).items()}
+
+    def _places(self, adapter: str) -> dict[str, str]:
+        """PEFT's names of an adapter's parameters, and Weft's."""
         prefix = "base_model.model."
-        found = {}
-        for name, parameter in self._wrapper.named_parameters():
-            if f".{adapter}." in name:
-                plain = name.removeprefix(prefix).replace(".modules_to_save", "").replace(f".{adapter}.", ".")
-                found[plain] = parameter
-        return found
+        return {
+            place: place.removeprefix(prefix).replace(".modules_to_save", "").replace(f".{adapter}.", ".")
+            for place, _ in self._wrapper.named_parameters()
+            if f".{adapter}." in place
+        }
 
     def _drop_other(self, slot: str, adapter: str) -> None:
         if self._slots.get(slot, (None, adapter))[1] != adapter:
@@ -243,6 +255,61 @@ def _adapter_name(recipe: Recipe, slot: str = "", rank: int = 0) -> str:
 # -- the resident base ---------------------------------------------------------------------------------------
 
 
+def load_model(
+    base_dir: Path,
+    task: TaskSettings,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: Kind = Kind.LORA,
+    quantise: Quantisation = "none",
+) -> tuple[Any, Any]:
+    """Load the base and its tokenizer from local files, frozen.
+
+    Args:
+        base_dir: A directory that ``check_base`` has passed; full modules read it again later.
+        task: Which head the model has.
+        device: Where to.
+        dtype: Of the arithmetic on a GPU, and of frozen weights under LoRA; what is trained is float32.
+        kind: Of the modules that will be composed: full ones need the weights in float32.
+        quantise: ``4bit`` stores linear layers as NF4 through bitsandbytes, on CUDA, under LoRA.
+
+    Raises:
+        BaseModelError: Unsupported class or damaged files.
+        UsageError: 4-bit without CUDA, without bitsandbytes, or with full modules.
+        OutOfMemory: The device is too small.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoTokenizer
+
+    config = read_config(base_dir, task)
+    options: dict[str, Any] = {"device_map": {"": device}} if device.type == "cuda" else {}
+    if quantise == "4bit":
+        options["quantization_config"] = _quantisation(device, dtype, kind)
+    try:
+        with _quiet_transformers(), memory_errors("loading the base"):
+            tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
+            model, loading = _auto_class(task).from_pretrained(
+                base_dir,
+                config=config,
+                dtype=torch.float32 if kind is Kind.FULL else dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        cause = str(error).strip().splitlines()[0][:200]
+        raise BaseModelError(f"transformers cannot load {base_dir}: {cause}", hint=_RELOAD) from error
+    _check_complete(loading["missing_keys"], Anatomy.of(model).heads if task.num_labels else ())
+    if device.type not in {"cuda", "cpu"}:
+        model.to(device)
+    if task.num_labels and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    # Dropout stays off: a task's result must be a function of its inputs, so that it can be checked.
+    model.eval().requires_grad_(requires_grad=False)
+    return model, tokenizer
+
+
 class ResidentBase:
     """A base in the device's memory, loaded once; ``compose`` puts a path's modules onto it.
 
@@ -262,19 +329,16 @@ class ResidentBase:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.model = model
         self.tokenizer = tokenizer
+        self.base_dir = base_dir
         self.task = task
         self.kind = kind
         self.device = device
         self.dtype = dtype
-        self.anatomy = Anatomy.of(model)
         self.turn = 0
         """Counts what was put in; a ``Composed`` is valid in its own turn."""
-        self._modules = (
-            _Adapters(model, self.anatomy) if kind is Kind.LORA else Blocks(model, self.anatomy, base_dir)
-        )
         self._active = ""
+        self._take(model)
 
     @classmethod
     def load(
@@ -287,49 +351,10 @@ class ResidentBase:
         kind: Kind = Kind.LORA,
         quantise: Quantisation = "none",
     ) -> ResidentBase:
-        """Load the base from local files.
-
-        Args:
-            base_dir: A directory that ``check_base`` has passed; full modules read it again later.
-            task: Which head the model has.
-            device: Where to.
-            dtype: Of the arithmetic on a GPU, and of frozen weights under LoRA; what is trained is float32.
-            kind: Of the modules that will be composed: full ones need the weights in float32.
-            quantise: ``4bit`` stores linear layers as NF4 through bitsandbytes, on CUDA, under LoRA.
-
-        Raises:
-            BaseModelError: Unsupported class or damaged files.
-            UsageError: 4-bit without CUDA, without bitsandbytes, or with full modules.
-            OutOfMemory: The device is too small.
-        """
-        from safetensors import SafetensorError
-        from transformers import AutoTokenizer
-
-        config = read_config(base_dir, task)
-        options: dict[str, Any] = {"device_map": {"": device}} if device.type == "cuda" else {}
-        if quantise == "4bit":
-            options["quantization_config"] = _quantisation(device, dtype, kind)
-        try:
-            with _quiet_transformers(), memory_errors("loading the base"):
-                tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
-                model, loading = _auto_class(task).from_pretrained(
-                    base_dir,
-                    config=config,
-                    dtype=torch.float32 if kind is Kind.FULL else dtype,
-                    local_files_only=True,
-                    output_loading_info=True,
-                    **options,
-                )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            cause = str(error).strip().splitlines()[0][:200]
-            raise BaseModelError(f"transformers cannot load {base_dir}: {cause}", hint=_RELOAD) from error
-        _check_complete(loading["missing_keys"], Anatomy.of(model).heads if task.num_labels else ())
-        if device.type not in {"cuda", "cpu"}:
-            model.to(device)
-        if task.num_labels and model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-        # Dropout stays off: a task's result must be a function of its inputs, so that it can be checked.
-        model.eval().requires_grad_(requires_grad=False)
+        """Load the base from local files; arguments and errors of ``load_model``."""
+        model, tokenizer = load_model(
+            base_dir, task, device=device, dtype=dtype, kind=kind, quantise=quantise
+        )
         return cls(model, tokenizer, base_dir=base_dir, task=task, kind=kind, device=device, dtype=dtype)
 
     def compose(
@@ -411,6 +436,11 @@ class ResidentBase:
         below = self.dtype != torch.float32 and not (bare and self.kind is Kind.FULL)
         return torch.autocast(self.device.type, self.dtype, enabled=below)
 
+    def forward(self, **inputs: Any) -> Any:
+        """What the model makes of its inputs, with the active path."""
+        with self.arithmetic():
+            return self.model(**inputs)
+
     def trains(self, names: Collection[str]) -> None:
         """Hear which parameters of the active path are about to be trained."""
         self._modules.trains(names)
@@ -418,6 +448,21 @@ class ResidentBase:
     def folded(self) -> Any:
         """The model with the active path in its weights; the resident is used up."""
         return self._modules.folded()
+
+    def _take(self, model: Any) -> None:
+        """Let this be the model, with nothing composed."""
+        self.model = model
+        self.anatomy = Anatomy.of(model)
+        self._modules: _Adapters | Blocks = (
+            _Adapters(model, self.anatomy)
+            if self.kind is Kind.LORA
+            else Blocks(model, self.anatomy, self.base_dir)
+        )
+
+    def _adopt(self, recipe: Recipe, parameters: Mapping[str, nn.Parameter], rank: int) -> None:
+        """Compose a path under LoRA from parameters that were on another model."""
+        assert isinstance(self._modules, _Adapters)  # noqa: S101 - full modules are weights of the model itself
+        self._modules.adopt(recipe, parameters, rank)
 
     def _composed(self, recipe: Recipe, slot: str, parameters: Mapping[str, nn.Parameter]) -> Composed:
         self._active = slot
@@ -479,8 +524,7 @@ class Composed:
             positions = np.arange(batch.tokens.shape[1])
             mask = (positions < batch.lengths[:, None]).astype(np.int64)
             options = {"attention_mask": torch.from_numpy(mask).to(device)}
-        with self.resident.arithmetic():
-            logits: Tensor = self.resident.model(input_ids=tokens, **options).logits
+        logits: Tensor = self.resident.forward(input_ids=tokens, **options).logits
         return logits
 
     def _check_turn(self) -> None:

@@ -298,6 +298,7 @@ class Site:
     base: Path | None
     rank_max: int = 0
     checkpoint_s: float = 1e9
+    prepare: Callable[[Setup], Setup] = lambda setup: setup
     clock: Callable[[], float] = dataclasses.field(default_factory=lambda: iter(range(10**9)).__next__)
     view: Watching = dataclasses.field(default_factory=Watching)
 
@@ -316,7 +317,7 @@ class Site:
             checkpoint_s=self.checkpoint_s,
         )
         return Worker(
-            setup,
+            self.prepare(setup),
             self.coordinator,
             view=self.view,
             stop_waits=threading.Event(),

@@ -90,7 +90,7 @@ class TrainingSteps(Steps):
                 self.run.recipe,
                 data,
                 clock=self.shop.clock,
-                gradients=self.shop.me.gradients(self.run.base_dir),
+                gradients=self.shop.me.gradients,
             )
         # One trainer for all paths: it knows how large a batch fits.
         self.run.trainer.data = data

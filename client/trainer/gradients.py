@@ -8,7 +8,7 @@ means would weigh labels unequally. Only the order of floating-point additions d
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -41,8 +41,14 @@ class Gradients(Protocol):
                 else has changed.
         """
 
-    def end(self) -> None:
-        """The task is over, whatever became of it."""
+    def of_sum(
+        self, composed: Composed, parameters: Sequence[nn.Parameter], batch: Batch
+    ) -> tuple[Tensor, ...]:
+        """The gradient of the batch's summed loss by each parameter; whatever ``grad`` held is gone or as it was.
+
+        Raises:
+            OutOfMemory: It does not fit.
+        """
 
 
 class Alone:
@@ -57,17 +63,21 @@ class Alone:
         self, composed: Composed, parameters: Sequence[nn.Parameter], batch: Batch, *, micro_batch_size: int
     ) -> Tensor:
         """As ``Gradients.compute``."""
-        return accumulate(composed, batch, num_labels=batch.num_labels, micro_batch_size=micro_batch_size)
+        return accumulate(composed, pieces_of(batch, micro_batch_size), num_labels=batch.num_labels)
 
-    def end(self) -> None:
-        """Nobody needs to be told."""
+    def of_sum(
+        self, composed: Composed, parameters: Sequence[nn.Parameter], batch: Batch
+    ) -> tuple[Tensor, ...]:
+        """As ``Gradients.of_sum``."""
+        with memory_errors("training"):
+            return torch.autograd.grad(composed.losses(batch).sum(), parameters)
 
 
 ALONE: Final = Alone()
 
 
-def accumulate(composed: Composed, batch: Batch, *, num_labels: int, micro_batch_size: int) -> Tensor:
-    """Add the gradients of the batch's summed loss ÷ ``num_labels``, a piece at a time; return that loss.
+def accumulate(composed: Composed, pieces: Iterable[Batch], *, num_labels: int) -> Tensor:
+    """Add the gradients of the pieces' summed loss ÷ ``num_labels``; return that loss.
 
     Raises:
         OutOfMemory: A piece does not fit; gradients are incomplete.
@@ -76,14 +86,15 @@ def accumulate(composed: Composed, batch: Batch, *, num_labels: int, micro_batch
     # A batch may hold nothing to learn, where prompts fill it: its loss is zero then.
     divisor = max(1, num_labels)
     with memory_errors("training"):
-        for piece in _pieces(batch, micro_batch_size):
+        for piece in pieces:
             loss = composed.losses(piece).sum() / divisor
             torch.autograd.backward(loss)
             total += loss.detach()
     return total
 
 
-def _pieces(batch: Batch, size: int) -> Iterator[Batch]:
+def pieces_of(batch: Batch, size: int) -> Iterator[Batch]:
+    """The batch, ``size`` sequences at a time."""
     num_rows = len(batch.lengths)
     if size >= num_rows:
         return iter((batch,))

@@ -148,18 +148,15 @@ class Trainer:
             if checkpoint is None or not work.resume(checkpoint, progress, num_steps=num_steps):
                 work.optimiser.restore(optimiser_states)
             self._gradients.begin(composed, self.recipe, modules, rank=rank)
-            try:
-                for index in range(len(progress.losses), num_steps):
-                    rates = self._rates(steps_before, index)
-                    if progress.record(*self._step(work, first_batch + index, rates)):
+            for index in range(len(progress.losses), num_steps):
+                rates = self._rates(steps_before, index)
+                if progress.record(*self._step(work, first_batch + index, rates)):
+                    break
+                if checkpoint is not None and checkpoint.due():
+                    if progress.read():
                         break
-                    if checkpoint is not None and checkpoint.due():
-                        if progress.read():
-                            break
-                        checkpoint.save(work.state(progress))
-                progress.read()
-            finally:
-                self._gradients.end()
+                    checkpoint.save(work.state(progress))
+            progress.read()
             if checkpoint is not None and len(progress.losses) < num_steps:
                 checkpoint.save(work.state(progress))
             return self._result(start, work, progress)
@@ -189,9 +186,9 @@ class Trainer:
             modules = composed.trainable(keys)
             parameters = [parameter for module in modules.values() for parameter in module.values()]
             sums = [torch.zeros_like(parameter) for parameter in parameters]
+            self._gradients.begin(composed, self.recipe, modules, rank=rank)
             for position in range(first_example, first_example + num_examples):
-                loss = composed.losses(self.data.example(position)).sum()
-                gradients = torch.autograd.grad(loss, parameters)
+                gradients = self._gradients.of_sum(composed, parameters, self.data.example(position))
                 torch._foreach_addcmul_(sums, gradients, gradients)
             means = iter([to_numpy(total / num_examples) for total in sums])
         return {key: _finite({name: next(means) for name in module}) for key, module in modules.items()}

@@ -310,6 +310,30 @@ def test_a_worker_resumes_with_what_it_was_given(home: Home, tmp_path: Path) -> 
     assert load_settings(directory) == first
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "there is one"),
+        ({"processes": 1}, "there is one"),
+        ({"processes": 2, "quantise": "4bit"}, "--quantise 4bit has packed"),
+    ],
+    ids=["alone", "one process", "4 bits"],
+)
+def test_a_base_that_cannot_be_divided_is_said_before_joining(
+    tmp_path: Path, given: dict[str, str | int | None], reason: str
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        settle(tmp_path / "state", {"data": str(tmp_path), "shard_base": True, **given})
+
+
+def test_whether_the_base_is_divided_is_remembered(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    given: dict[str, str | int | None] = {"data": str(tmp_path), "processes": 2, "shard_base": True}
+    save_settings(state, settle(state, given))
+    assert settle(state, {"shard_base": None}).shard_base
+    assert not settle(state, {"shard_base": False}).shard_base
+
+
 def test_paths_are_remembered_absolute(home: Home, tmp_path: Path) -> None:
     assert settle(tmp_path / "state", {"data": "."}).data == str(tmp_path)
 

@@ -8,6 +8,7 @@ import torch
 from tests.tiny import tiny_recipe, write_tiny_base
 
 from weft.client.device import Device, available_bytes, check_memory, find_device, needed_bytes
+from weft.common.base import num_base_parameters
 from weft.common.errors import OutOfMemory
 
 GIB = 2**30
@@ -48,3 +49,17 @@ def test_need_grows_with_dtype_and_sequences_but_not_with_the_batch(tmp_path: Pa
     assert needed_bytes(base, recipe, dtype=torch.float32, quantise="4bit") < fp32
     assert needed_bytes(base, longer, dtype=torch.float32, quantise="none") > fp32
     assert needed_bytes(base, larger, dtype=torch.float32, quantise="none") == fp32
+
+
+def test_a_divided_base_needs_its_share_and_what_is_gathered(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base", num_layers=12)
+    recipe = tiny_recipe(base)
+    needs = [
+        needed_bytes(base, recipe, dtype=torch.float32, quantise="none", num_shares=shares)
+        for shares in (1, 2, 4)
+    ]
+    num_parameters = num_base_parameters(base)
+    outside = 300 * 32
+    gathered = outside + 2 * (num_parameters - outside) // 12
+    assert needs[0] - needs[1] == pytest.approx(1.1 * 4 * (num_parameters / 2 - gathered), abs=8)
+    assert needs[1] - needs[2] == pytest.approx(1.1 * 4 * num_parameters / 4, abs=8)
