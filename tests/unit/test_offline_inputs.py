@@ -545,7 +545,9 @@ def test_threads_and_processes_change_no_byte(
     for threads in (1, 4):
         plan = merging.make_plan(recipe, device="cpu")
         options = merging.Options(threads=threads, digests=True)
-        merging.merge(recipe, plan, tmp_path / f"out{threads}", options, advance=lambda _: None)
+        told: list[int] = []
+        merging.merge(recipe, plan, tmp_path / f"out{threads}", options, advance=told.append)
+        assert sum(told) == sum(spec.size * 4 for spec in plan.specs)
     for name in ("model.safetensors", "merge.json"):
         assert (tmp_path / "out1" / name).read_bytes() == (tmp_path / "out4" / name).read_bytes()
 
