@@ -127,7 +127,7 @@ def child(said: str) -> dict[str, float]:
 
 def alone(**asked: object) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(asked)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -150,7 +150,7 @@ def rows(
                 "size": fields,
                 "threads": arguments.threads,
             }
-            to = adapters[0].with_name(f"out-{CASES.index(case)}-{len(paths)}-{turn}")
+            to = adapters[0].with_name(f"out-{adapters[0].name}-{CASES.index(case)}-{len(paths)}-{turn}")
             mine.append(alone(**asked, theirs=False, to=str(to)))
             peft.append(alone(**asked, theirs=True))
         seconds, their_s = (statistics.median(each["s"] for each in of) for of in (mine, peft))
