@@ -38,7 +38,7 @@ def weighted_mean(movements: Movements, multiple: float) -> Float32:
     total_T = movements.scratch.zeros("total", movements.size, np.float32)
     shared = movements.shared_factor()
     for row in movements.rows():
-        row.add_to(total_T, row.factor if shared is None else 1.0, movements.scratch)
+        row.add_to(total_T, row.factor if shared is None else 1.0)
     multiple *= 1.0 if shared is None else shared
     return total_T if multiple == 1 else np.multiply(total_T, np.float32(multiple), out=total_T)
 

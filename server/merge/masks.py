@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from weft.common.modules import TensorSpec
-from weft.server.merge.tiles import Float32, Update
-
-Words: TypeAlias = npt.NDArray[np.uint16]
+from weft.server.merge import loops
+from weft.server.merge.tiles import Float32, Scratch, Update, Words
 
 NUM_WORDS: Final = 1 << 16
 """Chances are multiples of 1 / this."""
@@ -42,7 +40,14 @@ def words_of(share: float) -> int:
 
 
 def dropped(
-    update: Update, spec: TensorSpec, start: int, values_T: Float32, *, density: float, seed: int
+    update: Update,
+    spec: TensorSpec,
+    start: int,
+    values_T: Float32,
+    scratch: Scratch,
+    *,
+    density: float,
+    seed: int,
 ) -> Float32:
     """DARE (arXiv 2311.03099): each element of a tile stays with one chance, and is divided by it.
 
@@ -51,12 +56,15 @@ def dropped(
         spec: The tensor.
         start: First element of the tile.
         values_T: Its elements.
+        scratch: Holds what is returned, as "thinned".
         density: The chance, rounded to a multiple of 1 / ``NUM_WORDS``.
         seed: Another one leaves others.
     """
     num_words = words_of(density)
     words_T = chances(update, spec.name, seed, start, start + len(values_T))
-    return values_T * (words_T < num_words) * np.float32(NUM_WORDS / num_words)
+    left_T = scratch.take("thinned", len(values_T), np.float32)
+    loops.drop(values_T, words_T, num_words, np.float32(NUM_WORDS / num_words), left_T)
+    return left_T
 
 
 def dropped_by_rank(

@@ -14,8 +14,8 @@ from typing import TypeAlias
 import numpy as np
 
 from weft.common.modules import TensorSpec
-from weft.server.merge import nested
-from weft.server.merge.statistics import UpdateMeasure
+from weft.server.merge import loops, nested
+from weft.server.merge.statistics import Stretch, UpdateMeasure, trimmed, whole
 from weft.server.merge.tiles import Float32, Float64, Indices, Scratch, Update
 
 
@@ -52,7 +52,7 @@ class Contributor:
 
 
 Thin: TypeAlias = Callable[[Contributor, TensorSpec, int, int, Float32], Float32]
-"""(update, tensor, start, stop, its trimmed tile) → that tile with more of it dropped, a new array."""
+"""(update, tensor, start, stop, its trimmed tile) → that tile with more of it dropped, in an array of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +65,32 @@ class Row:
     """What it counts for in this tile."""
     clip: float
     """What its values are multiplied by, at most 1."""
-    raw: Float32
-    """Before clipping: [T], or [n] where ``indices`` says which."""
+    sent: Float32
+    """As it was sent: [T], or [n] where ``indices`` says which."""
     indices: Indices | None
-    """Places of ``raw`` in the tile, ascending; None when it has them all."""
-
-    @property
-    def values(self) -> Float32:
-        """Clipped; not to be written to."""
-        return self.raw if self.clip == 1 else self.raw * np.float32(self.clip)
+    """Places of ``sent`` in the tile, ascending; None when it has them all."""
+    stretches: Sequence[Stretch]
+    """What trimming keeps of a dense one, all of it in order."""
 
     @property
     def factor(self) -> float:
-        """What its raw values are multiplied by in a weighted sum."""
+        """What is multiplied with what trimming keeps, in a weighted sum."""
         return self.weight * self.clip
 
-    def add_to(self, total_T: Float32, factor: float, scratch: Scratch) -> None:
-        """Add ``factor`` times the raw values to ``total``."""
+    def kept(self, scratch: Scratch) -> Float32:
+        """What trimming keeps, before clipping; not to be written to."""
+        if self.indices is not None or all(stretch.keeps_all for stretch in self.stretches):
+            return self.sent
+        return trimmed(self.sent, self.stretches, scratch)
+
+    def add_to(self, total_T: Float32, factor: float) -> None:
+        """Add ``factor`` times what trimming keeps to ``total``."""
+        factor32 = np.float32(factor)
         if self.indices is not None:
-            total_T[self.indices] += self.raw * np.float32(factor)
-        elif factor == 1:
-            np.add(total_T, self.raw, out=total_T)
-        else:
-            scaled = scratch.take("scaled", len(self.raw), np.float32)
-            np.add(total_T, np.multiply(self.raw, np.float32(factor), out=scaled), out=total_T)
+            total_T[self.indices] += self.sent * factor32
+            return
+        for part, dropped, upto in self.stretches:
+            loops.add(self.sent[part], dropped, upto, factor32, total_T[part])
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +123,21 @@ class Movements:
     def rows(self) -> Iterator[Row]:
         """One update after the other: what a sum needs."""
         for contributor, weight in zip(self.contributors, self.weights.tolist(), strict=True):
-            sparse = self._sparse(contributor)
-            if sparse is None:
-                yield Row(contributor, weight, contributor.clip, self._tile(contributor), None)
-            else:
-                yield Row(contributor, weight, contributor.clip, sparse[1], sparse[0])
+            yield Row(contributor, weight, contributor.clip, *self._sent(contributor))
+
+    def _sent(self, contributor: Contributor) -> tuple[Float32, Indices | None, Sequence[Stretch]]:
+        """What it sent, where that lies, and what is still to be trimmed of it."""
+        cut = contributor.measure.cuts[self.spec.name]
+        plain = contributor.specs[self.spec.name].shape == self.spec.shape
+        if self.elements is not None or self.thin is not None or not plain:
+            return self._tile(contributor), None, whole(self.size)
+        if cut is not None:
+            sent_T = contributor.update.tile(self.spec.name, self.start, self.stop)
+            return sent_T, None, cut.stretches(self.start, self.stop)
+        sparse = contributor.update.sparse_tile(self.spec.name, self.start, self.stop)
+        if sparse is not None:
+            return sparse[1], sparse[0], ()
+        return self._tile(contributor), None, whole(self.size)
 
     def stack(self) -> Float64:
         """All updates at once, float64 [W, T]: for rules that compare them with each other."""
@@ -171,13 +183,3 @@ class Movements:
 
     def _part(self, values_T: Float32) -> Float32:
         return values_T if self.elements is None else values_T[self.elements]
-
-    def _sparse(self, contributor: Contributor) -> tuple[Indices, Float32] | None:
-        whole = (
-            self.elements is None
-            and self.thin is None
-            and contributor.specs[self.spec.name].shape == self.spec.shape
-        )
-        if not whole or contributor.measure.cuts[self.spec.name] is not None:
-            return None
-        return contributor.update.sparse_tile(self.spec.name, self.start, self.stop)

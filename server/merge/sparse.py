@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from weft.common.modules import TensorSpec
-from weft.server.merge import masks
+from weft.server.merge import loops, masks
 from weft.server.merge.linear import scaled_mean, weighted_mean
 from weft.server.merge.movements import Contributor, Movements, Row, Thin
 from weft.server.merge.rule import MergeRule, Scope
@@ -28,10 +26,8 @@ from weft.server.merge.settings import (
     TiesConvention,
     TiesParameters,
 )
-from weft.server.merge.tiles import Float32, Indices, Scratch, readable
+from weft.server.merge.tiles import Bytes, Counts, Float32, Indices, Scratch
 from weft.server.merge.whole import pcb
-
-Counts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
 _UINT8_MAX: Final = 255
 
@@ -74,21 +70,23 @@ class SignedSums:
         """How many are negative."""
         return self.counts[len(self.counts) // 2 :]
 
-    def add(self, row: Row, factor: float, scratch: Scratch) -> None:
-        """Add ``factor`` times the raw values of a row."""
+    def add(self, row: Row, factor: float) -> None:
+        """Add ``factor`` times what trimming keeps of a row."""
+        factor32 = np.float32(factor)
         if row.indices is not None:
-            self._add_sparse(row.indices, row.raw * np.float32(factor))
+            self._add_sparse(row.indices, row.sent * factor32)
             return
-        values = readable(row.raw, scratch)
-        if factor != 1:
-            scaled = torch.from_numpy(scratch.take("scaled", len(values), np.float32))
-            values = torch.mul(values, float(np.float32(factor)), out=scaled)
-        raw, flags = values.numpy(), scratch.take("flags", len(values), np.bool_)
-        part = torch.from_numpy(scratch.take("part", len(values), np.float32))
-        torch.from_numpy(self.positive).add_(torch.clamp_min(values, 0, out=part))
-        _count(self.num_positive, np.greater(raw, 0, out=flags))
-        torch.from_numpy(self.negative).add_(torch.clamp_max(values, 0, out=part))
-        _count(self.num_negative, np.less(raw, 0, out=flags))
+        for part, dropped, upto in row.stretches:
+            loops.add_signed(
+                row.sent[part],
+                dropped,
+                upto,
+                factor32,
+                self.positive[part],
+                self.negative[part],
+                self.num_positive[part],
+                self.num_negative[part],
+            )
 
     def _add_sparse(self, indices: Indices, values: Float32) -> None:
         places = indices + (values < 0) * (len(self.sums) // 2)
@@ -96,15 +94,11 @@ class SignedSums:
         self.counts[places] += values != 0
 
 
-def _count(counts: Counts, flags: npt.NDArray[np.bool_]) -> None:
-    np.add(counts, flags.view(np.uint8), out=counts)
-
-
 def _signed_sums(movements: Movements) -> SignedSums:
     """Sums and counts of the clipped values, unweighted."""
     sums = SignedSums.zeros(movements.size, len(movements.contributors), movements.scratch)
     for row in movements.rows():
-        sums.add(row, row.clip, movements.scratch)
+        sums.add(row, row.clip)
     return sums
 
 
@@ -130,75 +124,67 @@ def elect(
     movements: Movements, sums: SignedSums, parameters: TiesParameters, *, tie_is_positive: bool
 ) -> Float32:
     """The average of what has the elected sign, or its weighted sum."""
-    scratch, size, convention = movements.scratch, movements.size, parameters.convention
-    elected_T = scratch.take("elected", size, np.bool_)
+    elected_T = _elected(movements, sums, parameters, tie_is_positive=tie_is_positive)
+    convention, averages, scale = parameters.convention, parameters.average, parameters.scale
     equal = len(set(movements.weights.tolist())) == 1
-    if convention is TiesConvention.FREQUENCY:
-        np.greater_equal(sums.num_positive, sums.num_negative, out=elected_T)
-    elif convention is TiesConvention.MERGEKIT and not equal:
-        np.greater_equal(weighted_mean(movements, 1.0), 0, out=elected_T)
-    else:
-        mass_T = np.add(sums.positive, sums.negative, out=scratch.take("mass", size, np.float32))
-        (np.greater_equal if tie_is_positive else np.greater)(mass_T, 0, out=elected_T)
     if equal:
-        chosen_T, counts_T = _choose(sums, elected_T, scratch)
+        merged_T = movements.scratch.take("merged", movements.size, np.float32)
+        scale32 = np.float32(scale if averages else scale / len(movements.contributors))
+        by_sign = (sums.positive, sums.negative, sums.num_positive, sums.num_negative)
+        loops.choose(*by_sign, elected_T, averages, scale32, merged_T)
     else:
         by_weight = convention in (TiesConvention.OFFICIAL, TiesConvention.MERGEKIT)
-        chosen_T, counts_T = _weighted(movements, elected_T, by_weight=by_weight)
+        merged_T, shares_T = _weighted(movements, elected_T, by_weight=by_weight)
+        if averages:
+            np.divide(merged_T, shares_T, out=merged_T)
+        np.multiply(merged_T, np.float32(scale), out=merged_T)
     if not equal or convention is TiesConvention.FREQUENCY:
         # NaN agrees with nobody, and infinity may be outvoted: what is not finite has to show in the result.
         with np.errstate(invalid="ignore"):
-            chosen_T += (sums.positive + sums.negative) * np.float32(0)
-    scale = parameters.scale
-    if parameters.average:
-        np.divide(chosen_T, counts_T, out=chosen_T)
-    elif equal:
-        scale /= len(movements.contributors)
-    return chosen_T if scale == 1 else np.multiply(chosen_T, np.float32(scale), out=chosen_T)
+            merged_T += (sums.positive + sums.negative) * np.float32(0)
+    return merged_T
 
 
-def _choose(sums: SignedSums, elected_T: npt.NDArray[np.bool_], scratch: Scratch) -> tuple[Float32, Float32]:
-    """Sum and count of what has the elected sign, where counts are at least 1."""
-    # Bits of the positive sum where the sign is +, of the negative one elsewhere: np.where is ten times slower.
-    mask_T = np.negative(
-        elected_T.view(np.int8), dtype=np.int32, out=scratch.take("part", len(elected_T), np.int32)
-    )
-    chosen_T = np.bitwise_xor(
-        sums.positive.view(np.int32),
-        sums.negative.view(np.int32),
-        out=scratch.take("chosen", len(elected_T), np.int32),
-    )
-    np.bitwise_and(chosen_T, mask_T, out=chosen_T)
-    np.bitwise_xor(chosen_T, sums.negative.view(np.int32), out=chosen_T)
-    counts_T = np.subtract(sums.num_positive, sums.num_negative, out=sums.num_positive)
-    np.multiply(counts_T, elected_T.view(np.uint8), out=counts_T)
-    np.add(counts_T, sums.num_negative, out=counts_T)
-    np.maximum(counts_T, 1, out=counts_T)
-    divisor_T = scratch.take("divisor", len(elected_T), np.float32)
-    np.copyto(divisor_T, counts_T)
-    return chosen_T.view(np.float32), divisor_T
+def _elected(
+    movements: Movements, sums: SignedSums, parameters: TiesParameters, *, tie_is_positive: bool
+) -> Bytes:
+    """1 where the elected sign is +, [T]."""
+    convention, elected_T = parameters.convention, movements.scratch.take("elected", movements.size, np.uint8)
+    equal = len(set(movements.weights.tolist())) == 1
+    if convention is TiesConvention.FREQUENCY:
+        np.greater_equal(sums.num_positive, sums.num_negative, out=elected_T.view(np.bool_))
+    elif convention is TiesConvention.MERGEKIT and not equal:
+        np.greater_equal(weighted_mean(movements, 1.0), 0, out=elected_T.view(np.bool_))
+    else:
+        loops.elect(sums.positive, sums.negative, tie_is_positive, elected_T)
+    return elected_T
 
 
-def _weighted(
-    movements: Movements, elected_T: npt.NDArray[np.bool_], *, by_weight: bool
-) -> tuple[Float32, Float32]:
+def _weighted(movements: Movements, elected_T: Bytes, *, by_weight: bool) -> tuple[Float32, Float32]:
     """Weighted sum of what agrees, and what to divide it by: agreeing weights, or the share of updates; never 0."""
-    chosen_T, counts_T = np.zeros(movements.size, np.float32), np.zeros(movements.size, np.float32)
-    positive_T = np.where(elected_T, np.float32(1), np.float32(-1))
+    total_T, shares_T = np.zeros(movements.size, np.float32), np.zeros(movements.size, np.float32)
     each = 1 / len(movements.contributors)
     for row in movements.rows():
+        factor, share = np.float32(row.factor), np.float32(row.weight if by_weight else each)
         if row.indices is None:
-            agreeing_T = row.values * positive_T > 0
-            with np.errstate(invalid="ignore"):  # infinity that disagrees
-                chosen_T += row.raw * agreeing_T * np.float32(row.factor)
-            counts_T += agreeing_T * np.float32(row.weight if by_weight else each)
+            for part, dropped, upto in row.stretches:
+                loops.add_agreeing(
+                    row.sent[part],
+                    dropped,
+                    upto,
+                    factor,
+                    share,
+                    elected_T[part],
+                    total_T[part],
+                    shares_T[part],
+                )
         else:
-            agreeing = row.raw * positive_T[row.indices] > 0
+            agreeing = np.where(elected_T[row.indices], row.sent > 0, row.sent < 0)
             places = row.indices[agreeing]
-            chosen_T[places] += row.raw[agreeing] * np.float32(row.factor)
-            counts_T[places] += np.float32(row.weight if by_weight else each)
-    counts_T[counts_T == 0] = 1
-    return chosen_T, counts_T
+            total_T[places] += row.sent[agreeing] * factor
+            shares_T[places] += share
+    shares_T[shares_T == 0] = 1
+    return total_T, shares_T
 
 
 def sign_balance(movements: Movements, parameters: TiesParameters) -> tuple[int, Float32, bool]:
@@ -206,16 +192,10 @@ def sign_balance(movements: Movements, parameters: TiesParameters) -> tuple[int,
 
     It matters only where masses tie, which they hardly do but for those of bfloat16.
     """
-    sums, flags = _signed_sums(movements), movements.scratch.take("flags", movements.size, np.bool_)
-    mass_T = np.add(
-        sums.positive, sums.negative, out=movements.scratch.take("mass", movements.size, np.float32)
-    )
-    num_positive = int(np.count_nonzero(np.greater(mass_T, 0, out=flags)))
-    num_zero = int(np.count_nonzero(np.equal(mass_T, 0, out=flags)))
-    balance = 2 * num_positive + num_zero - movements.size
-    # Where masses tie and are not of zeros alone.
-    is_tied = bool(num_zero and np.any(sums.num_positive * flags.view(np.uint8)))
-    return balance, elect(movements, sums, parameters, tie_is_positive=True), is_tied
+    sums = _signed_sums(movements)
+    num_above, num_zero, num_tied = loops.balance(sums.positive, sums.negative, sums.num_positive)
+    merged_T = elect(movements, sums, parameters, tie_is_positive=True)
+    return 2 * num_above + num_zero - movements.size, merged_T, num_tied > 0
 
 
 def sign_majority(movements: Movements, _survey: int, _parameters: RuleParameters) -> Float32:
@@ -226,13 +206,10 @@ def sign_majority(movements: Movements, _survey: int, _parameters: RuleParameter
     scratch, size = movements.scratch, movements.size
     votes_T, total_T = scratch.zeros("votes", size, np.float32), scratch.zeros("total", size, np.float32)
     for row in movements.rows():
-        weight, factor = np.float32(row.weight), np.float32(row.factor)
-        if row.indices is None:
-            votes_T += np.sign(row.raw) * weight
-            total_T += np.abs(row.raw) * factor
-        else:
-            votes_T[row.indices] += np.sign(row.raw) * weight
-            total_T[row.indices] += np.abs(row.raw) * factor
+        weight, factor, kept_T = np.float32(row.weight), np.float32(row.factor), row.kept(scratch)
+        places = slice(None) if row.indices is None else row.indices
+        votes_T[places] += np.sign(kept_T) * weight
+        total_T[places] += np.abs(kept_T) * factor
     return np.multiply(np.sign(votes_T), total_T, out=total_T)
 
 
@@ -242,7 +219,7 @@ def dare(movements: Movements, _survey: int, parameters: DareParameters) -> Floa
     A tiny tensor may lose all of an update. What a codec has made sparse is thinned too: the mean over seeds is
     what was sent, whatever it was.
     """
-    thinned = dataclasses.replace(movements, thin=_dare(parameters))
+    thinned = dataclasses.replace(movements, thin=_dare(parameters, movements.scratch))
     return weighted_mean(thinned, parameters.scale)
 
 
@@ -252,21 +229,23 @@ def dare_ties(movements: Movements, survey: int, parameters: DareTiesParameters)
     Zeros, dropped or sent, agree with nobody. Not homogeneous in the density: what agrees is divided by how many
     it is, not by how many there are.
     """
-    thinned = dataclasses.replace(movements, thin=_dare(parameters))
+    thinned = dataclasses.replace(movements, thin=_dare(parameters, movements.scratch))
     return ties(thinned, survey, parameters.election)
 
 
 def dare_balance(movements: Movements, parameters: DareTiesParameters) -> tuple[int, Float32, bool]:
     """``sign_balance`` of what chance leaves."""
-    return sign_balance(dataclasses.replace(movements, thin=_dare(parameters)), parameters.election)
+    return sign_balance(
+        dataclasses.replace(movements, thin=_dare(parameters, movements.scratch)), parameters.election
+    )
 
 
-def _dare(parameters: DareParameters) -> Thin:
+def _dare(parameters: DareParameters, scratch: Scratch) -> Thin:
     def thin(
         contributor: Contributor, spec: TensorSpec, start: int, _stop: int, values_T: Float32
     ) -> Float32:
         density, seed = parameters.density, parameters.seed
-        return masks.dropped(contributor.update, spec, start, values_T, density=density, seed=seed)
+        return masks.dropped(contributor.update, spec, start, values_T, scratch, density=density, seed=seed)
 
     return thin
 

@@ -10,21 +10,41 @@ Legend: W = updates, N = elements of a tensor.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
-import torch
 
 from weft.common.modules import Schema, TensorSpec
+from weft.server.merge import loops
 from weft.server.merge.selection import BLOCK_ELEMENTS, Kth, Read, index_of_equal, kths_largest
 from weft.server.merge.settings import Clip, MergeSettings, Trim
-from weft.server.merge.tiles import Float32, Scratch, Update, readable, spans
+from weft.server.merge.tiles import Float32, Scratch, Update, spans
 
 _SQUARES_MIN: Final = 1e-20
 """Float32 sums of squares below this have lost small ones."""
+
+
+class Stretch(NamedTuple):
+    """Elements of a tile of which the same magnitudes are kept."""
+
+    part: slice
+    """Which."""
+    dropped: np.float32
+    """Magnitudes up to this one are trimmed,"""
+    upto: np.float32
+    """and those above this one."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is trimmed."""
+        return (self.dropped, self.upto) == _EVERYTHING
+
+
+_EVERYTHING: Final = (np.float32(-1), np.float32(np.inf))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +61,49 @@ class Cut:
     @property
     def threshold(self) -> float:
         """The smallest kept magnitude."""
-        return float(np.int32(self.bits).view(np.float32))
+        return float(_float(self.bits))
+
+    def stretches(self, start: int, stop: int) -> list[Stretch]:
+        """Elements ``start:stop`` of the tensor, cut where the bounds of what is kept change."""
+        edges = {0, stop - start}
+        edges |= {
+            min(max(0, cut.last_index + 1 - start), stop - start) for cut in (self, self.outliers) if cut
+        }
+        ordered = sorted(edges)
+        return [
+            Stretch(
+                slice(first, last),
+                self._largest_dropped(start + first),
+                _EVERYTHING[1] if self.outliers is None else self.outliers._largest_dropped(start + first),
+            )
+            for first, last in itertools.pairwise(ordered)
+        ]
+
+    def _largest_dropped(self, index: int) -> np.float32:
+        """Where element ``index`` is as large as this or smaller, it is dropped."""
+        # What is larger than the float32 before the threshold is as large as the threshold.
+        return _float(self.bits - (index <= self.last_index))
 
     def apply(self, values_T: Float32, start: int, scratch: Scratch) -> Float32:
         """The tile that begins at element ``start`` with zeros for what is trimmed, in scratch "trimmed"."""
-        values = readable(values_T, scratch)
-        kept_T = self._apply(values, start, scratch.take("trimmed", len(values_T), np.float32))
-        if self.outliers is not None:
-            dropped_T = scratch.take("outliers", len(values_T), np.float32)
-            kept, dropped = kept_T.view(np.int32), self.outliers._apply(values, start, dropped_T)
-            np.bitwise_xor(kept, dropped.view(np.int32), out=kept)
-        return kept_T
+        return trimmed(values_T, self.stretches(start, start + len(values_T)), scratch)
 
-    def _apply(self, values: torch.Tensor, start: int, out: Float32) -> Float32:
-        split = min(max(0, self.last_index + 1 - start), len(values))
-        target = torch.from_numpy(out)
-        # What is larger than the float32 before the threshold is as large as the threshold.
-        for part, bits in ((slice(0, split), self.bits - 1), (slice(split, len(values)), self.bits)):
-            if part.start < part.stop:
-                largest_dropped = float(np.int32(bits).view(np.float32))
-                torch.ops.aten.hardshrink.out(values[part], largest_dropped, out=target[part])
-        return out
+
+def trimmed(values_T: Float32, stretches: Sequence[Stretch], scratch: Scratch) -> Float32:
+    """Zeros for what is trimmed, in scratch "trimmed"."""
+    trimmed_T = scratch.take("trimmed", len(values_T), np.float32)
+    for part, dropped, upto in stretches:
+        loops.trim(values_T[part], dropped, upto, trimmed_T[part])
+    return trimmed_T
+
+
+def whole(size: int) -> list[Stretch]:
+    """A tile of which everything is kept."""
+    return [Stretch(slice(0, size), *_EVERYTHING)]
+
+
+def _float(bits: int) -> np.float32:
+    return np.int32(bits).view(np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,13 +16,16 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from weft.common.modules import Schema
 
 Float32: TypeAlias = npt.NDArray[np.float32]
 Float64: TypeAlias = npt.NDArray[np.float64]
 Indices: TypeAlias = npt.NDArray[np.int64]
+Bits: TypeAlias = npt.NDArray[np.int32]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Words: TypeAlias = npt.NDArray[np.uint16]
+Counts: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 
 D = TypeVar("D", bound=np.generic)
 
@@ -209,15 +212,6 @@ class _Own(threading.local):
 
 OWN: Final = _Own()
 """What each thread has for itself, from one merge to the next: a model is a few hundred of them."""
-
-
-def readable(values: Float32, scratch: Scratch) -> torch.Tensor:
-    """A tile for torch, whose loops are twice as fast where numpy's look for NaN; not to be written to."""
-    if not values.flags.writeable:  # mapped from a file: torch does not take it
-        copy = scratch.take("readable", len(values), np.float32)
-        np.copyto(copy, values)
-        return torch.from_numpy(copy)
-    return torch.from_numpy(values)
 
 
 def spans(size: int, length: int) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ from weft.server.merge.masks import dropped, dropped_by_rank
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import Clip, Trim
 from weft.server.merge.statistics import Cut, find_cut
-from weft.server.merge.tiles import Float32, Scratch, Sink, Tiles, Update, spans
+from weft.server.merge.tiles import OWN, Float32, Scratch, Sink, Tiles, Update, spans
 from weft.server.offline.recipe import Choice, Drop, Thinning
 from weft.server.offline.sources import (
     Movement,
@@ -264,7 +264,7 @@ def _chance(update: Update, spec: TensorSpec, drop: Drop) -> Thin:
 
     def thin(values: Float32, start: int) -> Float32:
         if drop.spread is None:
-            return dropped(update, spec, start, values, density=drop.density, seed=drop.seed)
+            return dropped(update, spec, start, values, OWN.scratch, density=drop.density, seed=drop.seed)
         chances = {"density": drop.density, "spread": drop.spread}
         return dropped_by_rank(update, spec, start, values, read, **chances, seed=drop.seed)
 

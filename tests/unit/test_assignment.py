@@ -183,7 +183,7 @@ def test_progress_of_a_lease() -> None:
     assert stages == sorted(stages)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     levels=st.integers(1, 3),
     experts=st.integers(1, 2),

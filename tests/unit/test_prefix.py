@@ -40,7 +40,7 @@ def learnt(sequences: Sequences) -> list[int]:
     return [int(label) for label in sequences.labels[sequences.labels != IGNORED]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(texts, st.integers(0, 12), st.booleans())
 def test_the_labels_left_are_those_behind_each_prefix(
     found: list[str], prefix_tokens: int, heldout: bool
@@ -74,7 +74,7 @@ def test_the_prefix_covers_prompt_and_completion_alike() -> None:
     assert learnt(cut) == learnt(whole)[2:]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(texts, st.integers(0, 12), st.integers(1, 9))
 def test_documents_one_by_one_have_the_labels_of_the_stream(
     found: list[str], prefix_tokens: int, length: int

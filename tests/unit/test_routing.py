@@ -250,7 +250,7 @@ def test_the_digest_is_that_of_the_file(tmp_path: FilePath) -> None:
     assert read_router(tmp_path / "a.router").digest == router.digest
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_damaged_files_are_refused_or_are_routers(tmp_path_factory: Any, data: st.DataObject) -> None:
     path = tmp_path_factory.mktemp("fuzz") / "a.router"

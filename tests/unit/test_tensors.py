@@ -110,7 +110,7 @@ def test_bytes_do_not_depend_on_the_order_of_the_mapping() -> None:
     assert one.getvalue() == other.getvalue()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.dictionaries(
         st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=12).filter(
@@ -233,7 +233,7 @@ def test_a_header_that_would_not_be_read_is_not_written() -> None:
         write_tensors(io.BytesIO(), {"a": np.zeros(1, np.complex64)})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_no_flipped_bit_in_a_header_raises_anything_else(data: st.DataObject) -> None:
     header = bytearray(render_header(SCHEMA.tensors, {"k": "v"}))

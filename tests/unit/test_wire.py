@@ -59,7 +59,7 @@ def message_type(domain: Any) -> Any:
 
 @pytest.mark.parametrize("domain", DOMAIN, ids=lambda domain: domain.__name__)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_every_domain_class_survives_the_wire(domain: Any, data: st.DataObject) -> None:
     value = data.draw(objects(domain))
     kind = message_type(domain)
