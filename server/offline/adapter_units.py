@@ -11,6 +11,7 @@ is applied to is the **mode**:
 * ``stack``: [κ_1 s_1 B_1 …] [A_1; …], exact at a rank that is the sum of the inputs' (FLoRA, arXiv 2409.05976).
 * ``factors``: any rule on A's and B's apart, for adapters that began with the same A (FedIT, arXiv 2305.05644).
   Arithmetic turns and multiplies B only: of both, minus times minus would be plus (arXiv 2306.14870, section 3).
+* ``residual``: the means of A's and B's, and what that gets wrong in the base (``residual``).
 
 Legend: o = out_features, i = in_features, r = rank of an input, R = rank of the result, n = stacked rank.
 """
@@ -82,7 +83,7 @@ class Part:
         return tensor.to(device)
 
 
-def _coefficients(choice: Choice) -> list[float]:
+def coefficients(choice: Choice) -> list[float]:
     """What multiplies each input's ΔW under a linear rule."""
     linear = RULES[choice.settings.rule].linear
     assert linear is not None  # noqa: S101
@@ -122,7 +123,7 @@ class LinearLayer:
     @property
     def reads(self) -> tuple[tuple[str, Weights, str], ...]:
         """The factors."""
-        return _reads(self.parts)
+        return read_names(self.parts)
 
     def sample(self, num_elements: int) -> Unit:
         """All of it."""
@@ -135,18 +136,16 @@ class LinearLayer:
 
     def merge(self, store: Store, crew: Crew) -> Loss:
         """Write A and B of rank R."""
-        coefficients = _coefficients(self.choice)
+        kappas = coefficients(self.choice)
         factors = [part.factors(torch.device(self.device)) for part in self.parts]
-        scaled = [
-            each.B_or * coefficients[part.place] for part, each in zip(self.parts, factors, strict=True)
-        ]
+        scaled = [each.B_or * kappas[part.place] for part, each in zip(self.parts, factors, strict=True)]
         left_on, right_ni = torch.cat(scaled, dim=1), torch.cat([each.A_ri for each in factors])
         if self.stacked:
-            _write_factors(store, self.name, lora.Factors(left_on, right_ni), self.rank)
+            write_factors(store, self.name, lora.Factors(left_on, right_ni), self.rank)
             return Loss()
         near_ri = self._average(factors, right_ni)
         done = lora.recompress(left_on, right_ni, near_ri=near_ri)
-        _write_factors(store, self.name, done.factors, self.rank)
+        write_factors(store, self.name, done.factors, self.rank)
         return Loss(done.lost_square_sum, done.total_square_sum)
 
     def _average(self, factors: Sequence[lora.Factors], right_ni: torch.Tensor) -> torch.Tensor:
@@ -161,7 +160,8 @@ class LinearLayer:
         return near_ri
 
 
-def _reads(parts: Sequence[Part]) -> tuple[tuple[str, Weights, str], ...]:
+def read_names(parts: Sequence[Part]) -> tuple[tuple[str, Weights, str], ...]:
+    """(input, its tensors, name of one) of all factors."""
     return tuple(
         (part.label, part.weights, spec.name) for part in parts for spec in (part.layer.a, part.layer.b)
     )
@@ -172,7 +172,7 @@ def factor_names(layer: str) -> tuple[str, str]:
     return f"{PREFIX}{layer}{LORA_A}", f"{PREFIX}{layer}{LORA_B}"
 
 
-def _write_factors(sink: Sink, layer: str, factors: lora.Factors, rank: int) -> None:
+def write_factors(sink: Sink, layer: str, factors: lora.Factors, rank: int) -> None:
     """Write factors, padded with zeros to the rank."""
     k, (o, i) = factors.A_ri.shape[0], (factors.B_or.shape[0], factors.A_ri.shape[1])
     a_values, b_values = np.zeros((rank, i), np.float32), np.zeros((o, rank), np.float32)
@@ -241,7 +241,7 @@ class DenseLayer:
     @property
     def reads(self) -> tuple[tuple[str, Weights, str], ...]:
         """The factors."""
-        return _reads(self.parts)
+        return read_names(self.parts)
 
     def sample(self, num_elements: int) -> Unit:
         """All of it."""
@@ -272,7 +272,7 @@ class DenseLayer:
         merge_coordinates(updates, Zeros(), schema, merged, choice=self.choice, crew=crew)
         delta_oi = torch.from_numpy(merged.arrays[self.name]).to(self.device)
         factors, loss = truncate(delta_oi, min(self.rank, o, i))
-        _write_factors(store, self.name, factors, self.rank)
+        write_factors(store, self.name, factors, self.rank)
         return loss
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,11 +12,21 @@ from weft.common.errors import InputError, UsageError
 from weft.common.modules import TensorSpec
 from weft.server.merge.rule import Scope
 from weft.server.merge.rules import RULES
-from weft.server.merge.settings import LoraSpace
+from weft.server.merge.settings import Clip, LoraSpace, MergeRuleName
 from weft.server.offline.adapter_units import DenseLayer, LinearLayer, Part, WholeAdapter, factor_names
-from weft.server.offline.inputs import ADAPTER_CONFIG, PREFIX, Adapter, Checkpoint, tokenizer_files
+from weft.server.offline.checkpoints import model_files
+from weft.server.offline.inputs import (
+    ADAPTER_CONFIG,
+    BASE_FOLDER,
+    OWN_BASE,
+    PREFIX,
+    Adapter,
+    Checkpoint,
+    tokenizer_files,
+)
 from weft.server.offline.plan import Plan
 from weft.server.offline.recipe import Choice, Dtype, LoraMode, Recipe, is_module_wide
+from weft.server.offline.residual import ResidualLayer, base_specs, check_base, kept_units, weight_name
 from weft.server.offline.sources import FLOATS, stored_dtype
 from weft.server.offline.units import (
     Coordinates,
@@ -54,18 +64,69 @@ def plan_adapters(
             f"rule {choice.settings.rule} keeps at least the inputs' rank {max(ranks)}, and rank is {rank}",
             hint="leave --rank out",
         )
-    units = _layer_units(adapters, recipe, choice, mode, rank, device=device)
+    notes.append(f"lora: {mode.value}, rank {rank}")
     others, copied = _other_units(adapters, base, recipe)
     specs = [_stored(spec, recipe.dtype, adapters) for spec in _result_specs(adapters, rank)]
-    return Plan(
-        units=(*units, *others),
+    plan = Plan(
+        units=tuple(others),
         specs=(*specs, *copied),
         stem="adapter_model",
-        files=_files(adapters, rank),
-        notes=(*notes, f"lora: {mode.value}, rank {rank}"),
+        files=_files(adapters, rank, base_name=adapters[0].base_name),
+        notes=tuple(notes),
         library="peft",
         base_name=adapters[0].base_name,
     )
+    if mode is LoraMode.RESIDUAL:
+        refuse_device(device, RULES[choice.settings.rule].name)
+        changed = check_base(base, adapters, _layer_names(adapters))
+        return _with_residual(plan, adapters, changed, choice, recipe, rank=rank)
+    units = _layer_units(adapters, recipe, choice, mode, rank, device=device)
+    return dataclasses.replace(plan, units=(*units, *others))
+
+
+def _with_residual(
+    plan: Plan, adapters: Sequence[Adapter], base: Checkpoint, choice: Choice, recipe: Recipe, *, rank: int
+) -> Plan:
+    """A plan with the layers, and the base that they belong to in a folder of the result."""
+    names = _layer_names(adapters)
+    of_base = base_specs(base, recipe.dtype)
+    stored = {spec.name: spec.dtype for spec in (*plan.specs, *of_base)}
+    layers = [
+        ResidualLayer(
+            name=name,
+            parts=_parts(adapters, name),
+            choice=recipe.choose(name, 0),
+            rank=rank,
+            base=base.weights,
+            base_label=base.label,
+            stored=stored,
+        )
+        for name in names
+    ]
+    files = {f"{BASE_FOLDER}/{name}": content for name, content in model_files(base, recipe.dtype).items()}
+    return dataclasses.replace(
+        plan,
+        units=(*layers, *kept_units(base, of_base, names, choice), *plan.units),
+        files=files | _files(adapters, rank, base_name=OWN_BASE),
+        notes=(*plan.notes, *_residual_notes(adapters, {stored[weight_name(name)] for name in names})),
+        base_name="",
+        loses="rounding of the base",
+        base_specs=of_base,
+    )
+
+
+def _residual_notes(adapters: Sequence[Adapter], dtypes: Collection[str]) -> list[str]:
+    old = adapters[0].base_name or "the old one"
+    notes = [
+        f"load the adapter onto the model in its folder {BASE_FOLDER}, never onto {old}",
+        f"{ADAPTER_CONFIG} names {OWN_BASE}, which PEFT finds by itself from within the result's directory only",
+    ]
+    if narrow := sorted(set(dtypes) - {"F32"}):
+        notes.append(
+            f"the base is stored as {' and '.join(narrow)}, "
+            "whose last bit can be larger than a residual: --dtype fp32 keeps all of it"
+        )
+    return notes
 
 
 def lora_mode(adapters: Sequence[Adapter], choice: Choice, recipe: Recipe) -> LoraMode:
@@ -81,8 +142,11 @@ def lora_mode(adapters: Sequence[Adapter], choice: Choice, recipe: Recipe) -> Lo
         raise UsageError(
             f"lora is {mode.value}, and rule {rule.name} is not linear in ΔW", hint="use --lora dense"
         )
-    if mode is LoraMode.STACK and rule.choose:
-        raise UsageError(f"lora is stack, and rule {rule.name} weighs by distances", hint="use --lora exact")
+    if mode is LoraMode.STACK and (rule.choose or is_module_wide(choice.settings)):
+        raise UsageError(
+            f"lora is stack, and rule {rule.name} with these settings weighs by distances or norms",
+            hint="use --lora exact",
+        )
     if mode is LoraMode.STACK and recipe.rank:
         raise UsageError("with stack the rank is the sum of the inputs'", hint="remove --rank")
     if mode is LoraMode.DENSE and is_module_wide(choice.settings):
@@ -92,13 +156,16 @@ def lora_mode(adapters: Sequence[Adapter], choice: Choice, recipe: Recipe) -> Lo
         )
     if mode is LoraMode.FACTORS:
         _check_factors(adapters, recipe)
+    if mode is LoraMode.RESIDUAL:
+        _check_residual(choice, recipe)
     return mode
 
 
 def _weighs_adapters(choice: Choice) -> bool:
     """Whether ΔW is merged by more than given coefficients, so that the engine has to see all of the inputs."""
     rule = RULES[choice.settings.rule]
-    return rule.choose is not None or rule.scope is Scope.MATRIX
+    clipped = choice.settings.clip is not Clip.NONE
+    return rule.choose is not None or rule.scope is Scope.MATRIX or clipped
 
 
 def _check_factors(adapters: Sequence[Adapter], recipe: Recipe) -> None:
@@ -113,6 +180,18 @@ def _check_factors(adapters: Sequence[Adapter], recipe: Recipe) -> None:
                 f"{each.label} and {first.label} have different layers or ranks: their factors cannot be merged apart",
                 hint="use --lora exact or dense",
             )
+
+
+def _check_residual(choice: Choice, recipe: Recipe) -> None:
+    rule = choice.settings.rule
+    if rule is not MergeRuleName.MEAN or choice.settings.clip is not Clip.NONE:
+        said = f"rule {rule}" if rule is not MergeRuleName.MEAN else "clipping"
+        raise UsageError(
+            f"lora is residual, which is what a mean of factors gets wrong, and {said} is no mean",
+            hint="use --lora factors or dense, or rule mean by itself",
+        )
+    if recipe.rank:
+        raise UsageError("A and B keep their rank, the base takes the rest", hint="remove --rank")
 
 
 def _default_rank(adapters: Sequence[Adapter], mode: LoraMode) -> int:
@@ -175,11 +254,7 @@ def _layer_units(
         return [WholeAdapter(name="factors", adapters=tuple(adapters), choice=whole, specs=specs, rank=rank)]
     units: list[Unit] = []
     for name in _layer_names(adapters):
-        parts = tuple(
-            Part(place, each.label, each.weights, each.layers[name])
-            for place, each in enumerate(adapters)
-            if name in each.layers
-        )
+        parts = _parts(adapters, name)
         own = recipe.choose(name, 0)
         if mode is LoraMode.DENSE and not own.whole:
             units.append(DenseLayer(name=name, parts=parts, choice=own, rank=rank, device=device))
@@ -189,6 +264,14 @@ def _layer_units(
                 LinearLayer(name=name, parts=parts, choice=own, rank=rank, stacked=stacked, device=device)
             )
     return units
+
+
+def _parts(adapters: Sequence[Adapter], layer: str) -> tuple[Part, ...]:
+    return tuple(
+        Part(place, each.label, each.weights, each.layers[layer])
+        for place, each in enumerate(adapters)
+        if layer in each.layers
+    )
 
 
 def _result_specs(adapters: Sequence[Adapter], rank: int) -> list[TensorSpec]:
@@ -259,9 +342,10 @@ def _base_source(base: Checkpoint | None, name: str, spec: TensorSpec) -> Source
     return Source(base.label, base.weights, {name: own})
 
 
-def _files(adapters: Sequence[Adapter], rank: int) -> dict[str, bytes | Path]:
+def _files(adapters: Sequence[Adapter], rank: int, *, base_name: str) -> dict[str, bytes | Path]:
     config: dict[str, Any] = dict(adapters[0].config)
     config.update(
+        base_model_name_or_path=base_name or None,
         r=rank,
         lora_alpha=rank,
         use_rslora=False,

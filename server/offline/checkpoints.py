@@ -58,12 +58,12 @@ def plan_checkpoints(
     _check_configs(everyone, first)
     names = _common_names(everyone, first)
     specs = {name: _common_spec(everyone, first, name) for name in sorted(names)}
-    stored = [_stored(spec, recipe.dtype) for spec in specs.values()]
+    stored = [stored_spec(spec, recipe.dtype) for spec in specs.values()]
     return Plan(
         units=tuple(_units(models, base if recipe.relative else None, onto, specs, recipe)),
         specs=tuple(stored),
         stem="model",
-        files=_files(first, recipe.dtype),
+        files=model_files(first, recipe.dtype),
         notes=tuple(_notes(everyone, first, specs)),
         library="transformers",
         base_name=str(base.directory.name) if base else "",
@@ -164,13 +164,15 @@ def _common_spec(everyone: Sequence[Checkpoint], first: Checkpoint, name: str) -
     return wanted
 
 
-def _stored(spec: TensorSpec, dtype: Dtype | None) -> TensorSpec:
+def stored_spec(spec: TensorSpec, dtype: Dtype | None) -> TensorSpec:
+    """A tensor as the result stores it: a float as ``dtype`` says, or as it is held if results can be."""
     if spec.dtype not in FLOATS:
         return spec
     return TensorSpec(spec.name, dtype.safetensors if dtype else stored_dtype(spec.dtype), spec.shape)
 
 
-def _files(first: Checkpoint, dtype: Dtype | None) -> dict[str, bytes | Path]:
+def model_files(first: Checkpoint, dtype: Dtype | None) -> dict[str, bytes | Path]:
+    """The configuration, tokenizer and generation settings of a model that is stored as ``dtype``."""
     config = dict(first.config)
     for key in _DTYPE_KEYS:
         if dtype is not None and key in config:

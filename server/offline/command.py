@@ -54,7 +54,7 @@ def merge(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A TOML file that says all of this.")] = None,
     dtype: Annotated[str, typer.Option(help="Store as fp32, bf16 or fp16; unset: as the base.")] = "",
-    lora: Annotated[str, typer.Option(help="For adapters: exact, dense, stack or factors.")] = "",
+    lora: Annotated[str, typer.Option(help="For adapters: exact, dense, stack, factors or residual.")] = "",
     rank: Annotated[int, typer.Option(help="Rank of a merged adapter; 0: the inputs' largest.")] = 0,
     shard_size: Annotated[str, typer.Option(help="Longest weight file.")] = "5GB",
     any_base: Annotated[
@@ -212,7 +212,7 @@ def _run(
         raise
     if asked is not None:
         forget(to)
-    _print_result(result, recipe.table.get("search"), as_json=as_json)
+    _print_result(result, plan, recipe.table.get("search"), as_json=as_json)
 
 
 def _check_device(device: str) -> None:
@@ -293,7 +293,7 @@ def _parameters(pairs: Sequence[str], **named: float | None) -> dict[str, Any]:
 def _progress(plan: Plan, *, shown: bool) -> Iterator[Callable[[int], None]]:
     from weft.common.tensors import DTYPES
 
-    total = sum(spec.size * DTYPES[spec.dtype].itemsize for spec in plan.specs)
+    total = sum(spec.size * DTYPES[spec.dtype].itemsize for spec in plan.all_specs)
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task("merging", total=total)
@@ -311,7 +311,7 @@ def _print_estimate(found: Estimate, *, as_json: bool) -> None:
     _print_notes(found.notes)
 
 
-def _print_result(result: Result, search: Mapping[str, Any] | None, *, as_json: bool) -> None:
+def _print_result(result: Result, plan: Plan, search: Mapping[str, Any] | None, *, as_json: bool) -> None:
     if as_json:
         found = {} if search is None else {"search": search}
         console.print_json(json.dumps(dataclasses.asdict(result) | found))
@@ -319,7 +319,7 @@ def _print_result(result: Result, search: Mapping[str, Any] | None, *, as_json: 
     resumed = f", {result.num_resumed} of them done before" if result.num_resumed else ""
     console.print(f"{result.to}: {result.num_tensors} tensors{resumed}, in {result.seconds:.1f} s")
     if result.truncation_error is not None:
-        console.print(f"truncation to the rank lost {100 * result.truncation_error:.2g} % of ‖ΔW‖")
+        console.print(f"{plan.loses} lost {100 * result.truncation_error:.2g} % of ‖ΔW‖")
     _print_notes(result.notes)
 
 
@@ -353,8 +353,10 @@ def _print_rules(*, as_json: bool) -> None:
 
 def _adapters(rule: MergeRule[Any]) -> str:
     """What --lora can say."""
-    from weft.server.merge.settings import LoraSpace
+    from weft.server.merge.settings import LoraSpace, MergeRuleName
 
+    if rule.name == MergeRuleName.MEAN:
+        return "exact, dense, stack, factors, residual"
     if len(rule.spaces) > 1:
         return "exact, dense, stack, factors"
     return "exact" if LoraSpace.EXACT in rule.spaces else "dense, factors"

@@ -21,6 +21,9 @@ from weft.server.offline.sources import FLOAT8, FLOATS, Weights
 ADAPTER_CONFIG: Final = "adapter_config.json"
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 PREFIX: Final = "base_model.model."
+BASE_FOLDER: Final = "base"
+OWN_BASE: Final = f"./{BASE_FOLDER}"
+"""What an adapter names as its base that brings it along, in a folder of its own."""
 HEADS: Final = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
 """Names of output layers, which models may share with their input embeddings."""
 _BUFFERS: Final = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias)$")
@@ -110,7 +113,9 @@ class Adapter:
     @property
     def base_name(self) -> str:
         """The base that it says it belongs to."""
-        return str(self.config.get("base_model_name_or_path") or "")
+        name = str(self.config.get("base_model_name_or_path") or "")
+        own = self.directory / BASE_FOLDER
+        return str(own.resolve()) if name == OWN_BASE and own.is_dir() else name
 
 
 Input = Checkpoint | Adapter

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +20,14 @@ from blake3 import blake3
 
 from weft.common.errors import UsageError
 from weft.common.ids import digest
-from weft.server.merge.crew import ALONE, Crew, Threads, can_fork, run_forked
+from weft.server.merge.crew import ALONE, Crew, Threads, can_fork, one_thread_each, run_forked
 from weft.server.merge.rule import Scope
 from weft.server.merge.rules import RULES
 from weft.server.merge.selection import BLOCK_ELEMENTS
 from weft.server.merge.tiles import Float32
 from weft.server.offline.adapters import plan_adapters
 from weft.server.offline.checkpoints import plan_checkpoints
-from weft.server.offline.inputs import Adapter, Checkpoint, open_checkpoint, open_input
+from weft.server.offline.inputs import BASE_FOLDER, Adapter, Checkpoint, open_checkpoint, open_input
 from weft.server.offline.output import Done, Output, Shard, plan_shards
 from weft.server.offline.plan import Plan
 from weft.server.offline.recipe import Recipe
@@ -95,7 +96,7 @@ class Result:
     num_resumed: int
     """Units that an earlier, broken off run had done."""
     truncation_error: float | None
-    """‖ΔW − B A‖ / ‖ΔW‖ over all layers of a merged adapter; None where nothing was recompressed."""
+    """‖ΔW − what the result computes‖ / ‖ΔW‖ over all layers of a merged adapter; None where nothing can be lost."""
     seconds: float
     """Wall time."""
     notes: tuple[str, ...]
@@ -170,7 +171,7 @@ def merge(
         )
     return Result(
         to=str(to),
-        num_tensors=len(plan.specs),
+        num_tensors=len(plan.all_specs),
         num_parameters=plan.num_parameters,
         num_resumed=len(resumed),
         truncation_error=error,
@@ -182,34 +183,48 @@ def merge(
 def estimate(
     recipe: Recipe, plan: Plan, options: Options, *, clock: Callable[[], float] = time.perf_counter
 ) -> Estimate:
-    """What a merge would take, by merging a part of its largest unit into nothing."""
+    """What a merge would take, by merging a part of its largest unit of each kind into nothing."""
+    kinds = {type(unit): [each for each in plan.units if type(each) is type(unit)] for unit in plan.units}
+    merging = sum(_seconds(units, clock) for units in kinds.values())
     largest = max(plan.units, key=lambda unit: unit.num_elements)
-    part = largest.sample(_SAMPLE_ELEMENTS)
-    part.merge(_Nowhere(), ALONE)  # warm: libraries start, pages come in
-    began = clock()
-    part.merge(_Nowhere(), ALONE)
-    merged = clock()
-    share = sum(unit.num_elements for unit in plan.units) / max(1, part.num_elements)
     reads = {(label, name): weights for unit in plan.units for label, weights, name in unit.reads}
     read_bytes = sum(weights.raw(name).nbytes for (_, name), weights in reads.items())
     hashing = 0.0
     if options.digests:
         _, weights, name = largest.reads[0]
+        began = clock()
         weights.digest(name)
-        hashing = (clock() - merged) * read_bytes / max(1, weights.raw(name).nbytes)
+        hashing = (clock() - began) * read_bytes / max(1, weights.raw(name).nbytes)
     return Estimate(
-        num_tensors=len(plan.specs),
+        num_tensors=len(plan.all_specs),
         num_parameters=plan.num_parameters,
         read_bytes=read_bytes,
         write_bytes=sum(shard.size_bytes for shard in _shards(recipe, plan)),
         memory_bytes=_memory(recipe, largest, options),
-        seconds=((merged - began) * share + hashing) / options.threads,
+        seconds=(merging + hashing) / options.threads,
         notes=(*recipe.notes, *plan.notes),
     )
 
 
+def _seconds(units: Sequence[Unit], clock: Callable[[], float]) -> float:
+    """What units of one kind would take one after the other."""
+    part = max(units, key=lambda unit: unit.num_elements).sample(_SAMPLE_ELEMENTS)
+    with one_thread_each():
+        part.merge(_Nowhere(), ALONE)  # warm: libraries start, pages come in
+        began = clock()
+        part.merge(_Nowhere(), ALONE)
+        merged = clock()
+    return (merged - began) * sum(unit.num_elements for unit in units) / max(1, part.num_elements)
+
+
 def _shards(recipe: Recipe, plan: Plan) -> tuple[Shard, ...]:
-    return plan_shards(plan.specs, stem=plan.stem, shard_bytes_max=recipe.shard_bytes_max)
+    longest = recipe.shard_bytes_max
+    if plan.library == "transformers":
+        return plan_shards(plan.specs, stem=plan.stem, shard_bytes_max=longest)
+    shards = plan_shards(plan.specs, stem=plan.stem, shard_bytes_max=sys.maxsize)  # PEFT reads one file
+    if plan.base_specs:
+        shards += plan_shards(plan.base_specs, stem=f"{BASE_FOLDER}/model", shard_bytes_max=longest)
+    return shards
 
 
 def _memory(recipe: Recipe, largest: Unit, options: Options) -> int:
@@ -354,7 +369,7 @@ def files_of(recipe: Recipe) -> list[tuple[str, int, int]]:
 
 def _identity(recipe: Recipe, plan: Plan) -> str:
     """Digest of all that decides the result: the recipe, the program, and the inputs' files as they are now."""
-    specs = [(spec.name, spec.dtype, spec.shape) for spec in plan.specs]
+    specs = [(spec.name, spec.dtype, spec.shape) for spec in plan.all_specs]
     units = [unit.name for unit in plan.units]
     said = [recipe.table, files_of(recipe), specs, units, importlib.metadata.version("weft")]
     return blake3(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -399,6 +414,8 @@ def _card(recipe: Recipe, plan: Plan) -> str:
         "## Recipe",
         f"```json\n{json.dumps(_short(recipe.table), indent=2)}\n```",
     ]
+    if notes := [f"- {note}" for note in (*recipe.notes, *plan.notes)]:
+        parts += ["## Notes", "\n".join(notes)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -43,7 +43,9 @@ class Shard:
     """One file of the result."""
 
     name: str
-    """Of the file."""
+    """Of the file, in the result's directory."""
+    stem: str
+    """What the names of all files begin with that it is one model with."""
     header: bytes
     """Its JSON."""
     entries: Mapping[str, Entry]
@@ -65,7 +67,7 @@ def plan_shards(specs: Sequence[TensorSpec], *, stem: str, shard_bytes_max: int)
 
     Args:
         specs: What is stored, by the dtypes of the files.
-        stem: ``model`` or ``adapter_model``.
+        stem: ``model`` or ``adapter_model``, after the folder's name if they lie in one.
         shard_bytes_max: Longest data section.
     """
     groups: list[list[TensorSpec]] = [[]]
@@ -79,13 +81,14 @@ def plan_shards(specs: Sequence[TensorSpec], *, stem: str, shard_bytes_max: int)
         size += nbytes
     count = len(groups)
     names = [f"{stem}-{number:05d}-of-{count:05d}" for number in range(1, count + 1)] if count > 1 else [stem]
-    return tuple(_shard(f"{name}.safetensors", group) for name, group in zip(names, groups, strict=True))
+    return tuple(_shard(name, stem, group) for name, group in zip(names, groups, strict=True))
 
 
-def _shard(name: str, specs: Sequence[TensorSpec]) -> Shard:
+def _shard(name: str, stem: str, specs: Sequence[TensorSpec]) -> Shard:
     header = render_header(specs, _METADATA)
     size = sum(spec.size * DTYPES[spec.dtype].itemsize for spec in specs)
-    return Shard(name=name, header=header, entries=parse_header(header, size, FOREIGN).entries)
+    entries = parse_header(header, size, FOREIGN).entries
+    return Shard(name=f"{name}.safetensors", stem=stem, header=header, entries=entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,20 +255,27 @@ class Output:
                 else:
                     (self.partial / name).write_bytes(content)
             (self.partial / JOURNAL).unlink()
-            for path in (*self.partial.iterdir(), self.partial) if self._durable else ():
+            for path in (*self.partial.rglob("*"), self.partial) if self._durable else ():
                 _sync(path)
             self.partial.replace(self._to)
             if self._durable:
                 _sync(self._to.resolve().parent)
 
     def _index(self) -> dict[str, bytes | Path]:
-        if len(self._shards) == 1:
-            return {}
-        stem = self._shards[0].name.partition("-")[0]
-        total = sum(shard.size_bytes - shard.data_start for shard in self._shards)
-        places = {name: shard.name for name, (shard, _) in sorted(self._places.items())}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        return {f"{stem}.safetensors.index.json": json.dumps(index, indent=2).encode() + b"\n"}
+        stems = dict.fromkeys(shard.stem for shard in self._shards)
+        models = {stem: [shard for shard in self._shards if shard.stem == stem] for stem in stems}
+        return {
+            f"{stem}.safetensors.index.json": _index_of(shards)
+            for stem, shards in models.items()
+            if len(shards) > 1
+        }
+
+
+def _index_of(shards: Sequence[Shard]) -> bytes:
+    total = sum(shard.size_bytes - shard.data_start for shard in shards)
+    places = {name: Path(shard.name).name for shard in shards for name in shard.entries}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    return json.dumps(index, indent=2).encode() + b"\n"
 
 
 def _stored(values: Float32, dtype: str) -> npt.NDArray[Any]:
@@ -289,6 +299,7 @@ def _all_finite(stored: npt.NDArray[Any], dtype: str) -> bool:
 
 def _create(directory: Path, shard: Shard) -> BinaryIO:
     path = directory / shard.name
+    path.parent.mkdir(exist_ok=True)
     file = path.open("r+b" if path.exists() else "w+b", buffering=0)
     _write_all(file.fileno(), memoryview(len(shard.header).to_bytes(8, "little") + shard.header), 0)
     os.ftruncate(file.fileno(), shard.size_bytes)

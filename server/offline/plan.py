@@ -17,7 +17,7 @@ class Plan:
     units: tuple[Unit, ...]
     """What is to be done, in this order."""
     specs: tuple[TensorSpec, ...]
-    """What is stored, by the dtypes of the files."""
+    """What is stored, by the dtypes of the files, but for a base beside it."""
     stem: str
     """Name of the weight files: model or adapter_model."""
     files: Mapping[str, bytes | Path]
@@ -27,9 +27,18 @@ class Plan:
     library: str
     """What loads the result: transformers or peft."""
     base_name: str
-    """The base that it belongs to or comes from, for the model card."""
+    """The base that it belongs to or comes from, for the model card; unset where that would mislead."""
+    loses: str = "truncation to the rank"
+    """What can lose a part of ΔW."""
+    base_specs: tuple[TensorSpec, ...] = ()
+    """What is stored in the folder base of an adapter that brings its base along."""
 
     @property
     def num_parameters(self) -> int:
         """Elements of the result."""
-        return sum(spec.size for spec in self.specs)
+        return sum(spec.size for spec in self.all_specs)
+
+    @property
+    def all_specs(self) -> tuple[TensorSpec, ...]:
+        """All that is stored."""
+        return (*self.specs, *self.base_specs)

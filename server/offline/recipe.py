@@ -80,6 +80,7 @@ class LoraMode(enum.StrEnum):
     DENSE = "dense"
     STACK = "stack"
     FACTORS = "factors"
+    RESIDUAL = "residual"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +110,7 @@ class RecipeFile:
     dtype: Dtype | None = None
     """fp32, bf16 or fp16; unset: that of each tensor of the base, or of the first input."""
     lora: LoraMode | None = None
-    """exact, dense, stack or factors; unset: exact where the rule can, dense for others."""
+    """exact, dense, stack, factors or residual; unset: exact where the rule can, dense for others."""
     rank: int = 0
     """Rank of the merged adapter; 0: the largest of the inputs, and with stack their sum."""
     shard_size: str = "5GB"

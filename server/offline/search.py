@@ -33,7 +33,7 @@ from weft.server.merge.settings import MergeRuleName
 from weft.server.merge.tiles import Float64
 from weft.server.offline import merging
 from weft.server.offline.output import check_free
-from weft.server.offline.recipe import Choice, Recipe, sum_choice
+from weft.server.offline.recipe import Choice, LoraMode, Recipe, sum_choice
 from weft.server.offline.scoring import Scorer
 
 BOUND: Final = 1.5
@@ -216,6 +216,11 @@ def _choices(recipe: Recipe, method: Method) -> Choose:
         raise UsageError(
             "a search looks for the weights, which this recipe gives by tensor or expression",
             hint="give inputs and a rule only",
+        )
+    if recipe.lora is LoraMode.RESIDUAL:
+        raise UsageError(
+            "a search makes many merges, and each with lora residual would write the whole base",
+            hint="search with --lora exact, then merge with the weights that it finds",
         )
     if not 2 <= len(recipe.inputs) <= _INPUTS_MAX:
         raise UsageError(

@@ -298,8 +298,8 @@ class Copied:
 
     @property
     def num_elements(self) -> int:
-        """None are merged."""
-        return 0
+        """Of the tensor: they are copied."""
+        return self.sources[0].weights.specs[self.name].size
 
     @property
     def reads(self) -> tuple[tuple[str, Weights, str], ...]:

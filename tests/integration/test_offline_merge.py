@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.running import main
 from tests.tiny import write_tiny_base
@@ -271,6 +271,29 @@ def test_one_adapter_is_itself(made: Made, tmp_path: Path) -> None:
         np.testing.assert_allclose(logits(merged), logits_of(made["base"], applied(made, name)), atol=2e-5)
 
 
+def test_factors_with_their_residual_in_a_base_of_their_own(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    mode = ("--lora", "residual", "--base", made["base"], "--shard-size", "60KB")
+    result = said(capsys, *mode, made["x"], f"{made['y']}:3", "--to", out)
+    assert result["truncation_error"] < 1e-6
+    assert any("never onto" in note for note in result["notes"])
+    wanted = weighted([applied(made, name) for name in "xy"], [1, 3])
+    out.rename(elsewhere)
+    merged = PeftModel.from_pretrained(load(elsewhere / "base"), elsewhere)
+    np.testing.assert_allclose(logits(merged), logits_of(made["base"], wanted), atol=1e-5)
+    # What the factors alone get wrong is no rounding.
+    assert (
+        np.abs(logits(PeftModel.from_pretrained(load(made["base"]), elsewhere)) - logits(merged)).max() > 1e-3
+    )
+    monkeypatch.chdir(elsewhere)
+    found = AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.float32)
+    np.testing.assert_array_equal(logits(found), logits(merged))
+    vocabularies = [AutoTokenizer.from_pretrained(each).get_vocab() for each in ("base", made["base"])]
+    assert vocabularies[0] == vocabularies[1]
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}])
 def test_adapters_that_are_more_than_two_factors_are_refused(
     options: dict[str, Any], made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -432,3 +455,4 @@ def test_rules_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["ties"]["needs"] == "the base, for whole models"
     assert "density = 0.2" in rows["ties"]["parameters"]
     assert all(row["paper"].startswith("https://") for row in rows.values())
+    assert [name for name, row in rows.items() if "residual" in row["adapters"]] == ["mean"]

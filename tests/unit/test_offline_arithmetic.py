@@ -123,8 +123,9 @@ def test_negating_one_adapter_is_exact_in_every_mode(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     a_ri, b_or = rng.standard_normal((2, 8)), rng.standard_normal((6, 2))
     path = write_adapter(tmp_path / "toxic", {"fc": (a_ri, b_or)}, lora_alpha=4)
+    base = write_model(tmp_path / "base", {"fc.weight": rng.standard_normal((6, 8)).astype(np.float32)})
     for mode in LoraMode:
-        merged = merge_inputs(tmp_path / mode, path, expression="-toxic/2", lora=mode)
+        merged = merge_inputs(tmp_path / mode, path, expression="-toxic/2", base=str(base), lora=mode)
         np.testing.assert_allclose(adapter_product(merged, "fc"), -b_or @ a_ri, rtol=1e-5, atol=1e-5)
 
 

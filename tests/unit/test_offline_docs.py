@@ -36,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in MODELS:
         write_model(tmp_path / name, block_tensors(rng, num_blocks=32))
     for name in ("one", "two"):
-        shapes = rng.standard_normal((8, 30)), rng.standard_normal((20, 8))
+        shapes = rng.standard_normal((2, 3)), rng.standard_normal((4, 2))
         write_adapter(tmp_path / "adapters" / name, {"model.layers.0.mlp": shapes})
     (tmp_path / "recipe.toml").write_text(block("toml", 'dtype = "bf16"'))
     (tmp_path / "layers.toml").write_text(block("toml", "[[layers]]"))

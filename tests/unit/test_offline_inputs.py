@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from weft.common.errors import (
 from weft.common.tensors import FOREIGN, float8_to_float32, read_header
 from weft.server.merge.crew import can_fork
 from weft.server.merge.selection import BLOCK_ELEMENTS
+from weft.server.merge.settings import Clip
 from weft.server.merge.tiles import WORKING_ELEMENTS
 from weft.server.offline import merging
 from weft.server.offline.inputs import block_of, open_adapter, open_checkpoint, split_label
@@ -45,6 +47,7 @@ from weft.server.offline.sources import Weights
 NAME = LAYER.format(0)
 Array = npt.NDArray[Any]
 TIES = merge_settings("ties", {})
+CLIPPED = dataclasses.replace(merge_settings("mean", {}), clip=Clip.MEDIAN)
 
 
 @pytest.fixture
@@ -356,7 +359,9 @@ def test_factors_that_do_not_belong_together(tmp_path: Path) -> None:
         ({"lora": LoraMode.STACK, "merge": TIES}, "not linear"),
         ({"lora": LoraMode.STACK, "rank": 4}, "sum of the inputs"),
         ({"lora": LoraMode.FACTORS}, "different layers or ranks"),
-        ({"lora": LoraMode.STACK, "merge": merge_settings("krum", {})}, "weighs by distances"),
+        ({"lora": LoraMode.STACK, "merge": merge_settings("krum", {})}, "weighs by distances or norms"),
+        ({"lora": LoraMode.STACK, "merge": CLIPPED}, "weighs by distances or norms"),
+        ({"merge": CLIPPED, "rank": 1}, "at least the inputs' rank"),
         ({"lora": LoraMode.DENSE, "merge": merge_settings("krum", {})}, "weighs whole adapters"),
         ({"merge": merge_settings("krum", {}), "rank": 1}, "at least the inputs' rank"),
         ({"onto": "x", "base": "x"}, "onto is for models"),
@@ -425,6 +430,18 @@ def test_rules_by_distance_count_layers_that_an_adapter_lacks_as_zero(tmp_path: 
     merged = merge_inputs(tmp_path / "out", *near, far, merge=merge_settings("krum", {}))
     np.testing.assert_allclose(adapter_product(merged, layer), pair[1] @ pair[0], atol=1e-5)
     assert not adapter_product(merged, other).any()
+
+
+def test_clipping_of_adapters_is_by_the_norm_of_their_product(tmp_path: Path) -> None:
+    paths = [write_adapter(tmp_path / str(rank), factors(rank)) for rank in (1, 2, 3)]
+    products = [
+        adapter_product(merge_inputs(tmp_path / f"own{path.name}", path), NAME[:-7]) for path in paths
+    ]
+    norms = [float(np.linalg.norm(each)) for each in products]
+    clipped = [each * min(1.0, np.median(norms) / norm) for each, norm in zip(products, norms, strict=True)]
+    assert len(set(norms)) == 3
+    merged = merge_inputs(tmp_path / "out", *paths, merge=CLIPPED)
+    np.testing.assert_allclose(adapter_product(merged, NAME[:-7]), sum(clipped) / 3, atol=1e-5)
 
 
 def test_factors_of_one_kind_of_layer_only(tmp_path: Path) -> None:
