@@ -329,7 +329,7 @@ def test_without_momentum_and_with_rate_1_nothing_is_remembered() -> None:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(order=st.permutations(range(COUNT)))
 def test_the_order_of_arrival_changes_no_bit(name: str, order: list[int]) -> None:
     updates, start = updates_of(3), random_arrays(1)

@@ -252,7 +252,7 @@ VALUES = (
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.dictionaries(
         st.sampled_from(SECTIONS), st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3), max_size=3
@@ -270,7 +270,7 @@ def test_a_changed_run_file_reads_or_is_refused(changes: dict[str, dict[str, Any
         run_file.recipe(PIN)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(codec="utf-8"), max_size=60) | st.binary(max_size=60))
 def test_any_bytes_in_a_file_read_or_are_refused(
     tmp_path_factory: pytest.TempPathFactory, more: str | bytes
