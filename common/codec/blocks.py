@@ -69,6 +69,10 @@ class Row:
         edges = np.minimum(np.arange(self.num_blocks + 1, dtype=np.int64) * self.block_size, self.size)
         return np.diff(edges)
 
+    def tensor_at(self, element: int) -> int:
+        """The number of the tensor that an element of the row belongs to."""
+        return int(np.searchsorted(self.bounds, element, side="right")) - 1
+
     def blocks(self, start: int, stop: int) -> range:
         """The blocks that elements ``start`` to ``stop`` of the row lie in."""
         first = start // self.block_size
@@ -77,7 +81,7 @@ class Row:
     def pieces(self, block: int) -> Iterator[Piece]:
         """The parts of tensors that a block consists of, in order; empty tensors have none."""
         first, last = self.block_span(block)
-        index = int(np.searchsorted(self.bounds, first, side="right")) - 1
+        index = self.tensor_at(first)
         while index < len(self.names) and self.bounds[index] < last:
             begin = int(self.bounds[index])
             start, stop = max(first - begin, 0), min(last - begin, self.sizes[index])
@@ -87,7 +91,7 @@ class Row:
 
     def locate(self, element: int) -> tuple[str, int]:
         """Tensor and element within it of an element of the row."""
-        index = int(np.searchsorted(self.bounds, element, side="right")) - 1
+        index = self.tensor_at(element)
         return self.names[index], element - int(self.bounds[index])
 
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from weft.common.codec.blocks import Piece, Pieces, Row, pack
+from weft.common.codec.lossless import BlockPositions
 from weft.common.codec.positions import Positions
 from weft.common.codec.section import Coding, DeltaReader, Expected, Indices, check_values, non_zero
 from weft.common.codec.settings import CodecSettings
@@ -27,7 +29,7 @@ from weft.common.tensors import Bf16, Float32Array, TensorData, TensorFile, Uint
 _DENSE_BLOCKS_KEPT: Final = 2
 """Decoded blocks that a reader remembers, a mebibyte each."""
 _SPARSE_BLOCKS_KEPT: Final = 4
-"""The same where few values are kept, twelve bytes a value."""
+"""The same where few values are kept, eight bytes a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +129,14 @@ class _Layout:
     coder: ValueCoder
     groups: tuple[Groups, ...]
     """Of each tensor."""
-    first_scales: tuple[int, ...]
+    widths: npt.NDArray[np.int64]
+    """Elements of a group of each tensor."""
+    first_scales: npt.NDArray[np.int64]
     """Number of each tensor's first scale, and one past the last."""
 
     @property
     def num_scales(self) -> int:
-        return self.first_scales[-1]
+        return int(self.first_scales[-1])
 
     @classmethod
     def of(cls, schema: Schema, positions: Positions, settings: CodecSettings) -> _Layout:
@@ -140,8 +144,9 @@ class _Layout:
             raise ValueError(f"{settings.kind} does not choose how values are written")
         coder, row = VALUES[settings.value_kind], Row(schema, positions.block_size)
         groups = tuple(Groups(size, settings.elements_per_scale) for size in row.sizes)
-        firsts = itertools.accumulate((group.num if coder.scaled else 0 for group in groups), initial=0)
-        return cls(row, coder, groups, tuple(firsts))
+        widths = np.array([group.width for group in groups], np.int64)
+        nums = [group.num if coder.scaled else 0 for group in groups]
+        return cls(row, coder, groups, widths, np.cumsum([0, *nums], dtype=np.int64))
 
     def quantise(
         self, arrays: Sequence[Float32Array], chosen: Sequence[Indices] | None, coding: Coding
@@ -188,37 +193,56 @@ class _Blocks:
                 f"{name} has a scale that is negative, not finite or above {magnitude_max:g}"
             )
 
-    def decode(self, block: int) -> tuple[Indices | None, Float32Array]:
+    def decode(self, block: int) -> tuple[BlockPositions | None, Float32Array]:
         """Ascending positions within the block, None for all, and the values there; raises CodecError."""
         start, stop = self.layout.row.block_span(block)
         positions = self._positions.positions(block)
         count = stop - start if positions is None else positions.size
         codes = self.layout.coder.unpack(self._pieces[block], count)
-        return positions, self.layout.coder.restore(codes, self._by_value(block, positions, count))
+        return positions, self.layout.coder.restore(codes, self._by_value(block, positions))
 
-    def _by_value(self, block: int, positions: Indices | None, count: int) -> Float32Array:
+    def _by_value(self, block: int, positions: BlockPositions | None) -> Float32Array:
         """The scale of each value of a block."""
-        layout = self.layout
-        if not layout.coder.scaled:
+        if not self.layout.coder.scaled:
             return np.empty(0, np.float32)
-        by_value = np.empty(count, np.float32)
-        for piece, low, high in _cut(layout.row, block, positions):
+        return self._of_all(block) if positions is None else self._of_kept(block, positions)
+
+    def _of_all(self, block: int) -> Float32Array:
+        layout = self.layout
+        by_value = [np.empty(0, np.float32)]
+        for piece in layout.row.pieces(block):
             first, last = layout.first_scales[piece.index : piece.index + 2]
-            indices = None if positions is None else positions[low:high] + (piece.start - piece.offset)
-            by_value[low:high] = layout.groups[piece.index].spread(
-                to_float32(self._scales[first:last], "BF16"), piece.start, piece.stop, indices
-            )
-        return by_value
+            scales = to_float32(self._scales[first:last], "BF16")
+            by_value.append(layout.groups[piece.index].spread(scales, piece.start, piece.stop, None))
+        return np.concatenate(by_value)
+
+    def _of_kept(self, block: int, positions: BlockPositions) -> Float32Array:
+        from weft.common.codec import loops  # not before an update needs it: see there
+
+        layout, row = self.layout, self.layout.row
+        start, _ = row.block_span(block)
+        tensor = row.tensor_at(start)
+        bits = np.empty(positions.size, np.uint32)
+        loops.spread_scales(
+            positions,
+            start,
+            row.bounds[tensor:],
+            layout.widths[tensor:],
+            layout.first_scales[tensor:],
+            self._scales,
+            bits,
+        )
+        return bits.view(np.float32)
 
 
-def _cut(row: Row, block: int, positions: Indices | None) -> Iterator[tuple[Piece, int, int]]:
+def _cut(row: Row, block: int, positions: BlockPositions | None) -> Iterator[tuple[Piece, int, int]]:
     """The parts of tensors in a block, and which of its kept values lie in each."""
     for piece in row.pieces(block):
         low, high = piece.offset, piece.offset + piece.stop - piece.start
         if positions is None:
             yield piece, low, high
         else:
-            first, last = np.searchsorted(positions, (low, high)).tolist()
+            first, last = np.searchsorted(positions, np.array([low, high], np.int32)).tolist()
             yield piece, first, last
 
 
@@ -266,12 +290,13 @@ class _SparseReader:
 
     def _of_block(self, block: int, first: int, last: int) -> tuple[Indices, Float32Array]:
         positions, values = self._decoded(block)
-        offset = first - block * self._row.block_size
-        low, high = positions.searchsorted((offset, offset + last - first)).tolist()
-        return positions[low:high] - offset, values[low:high]
+        start, stop = self._row.block_span(block)
+        edges = np.array([max(first, start) - start, min(last, stop) - start], np.int32)
+        low, high = positions.searchsorted(edges).tolist()
+        return np.add(positions[low:high], start - first, dtype=np.int64), values[low:high]
 
 
-def _decode_non_zero(blocks: _Blocks, block: int) -> tuple[Indices, Float32Array]:
+def _decode_non_zero(blocks: _Blocks, block: int) -> tuple[BlockPositions, Float32Array]:
     positions, values = blocks.decode(block)
     if positions is None:
         raise ValueError("every value of the block is kept")

@@ -29,6 +29,8 @@ else:
     from backports import zstd
 
 Positions: TypeAlias = npt.NDArray[np.int64]
+BlockPositions: TypeAlias = npt.NDArray[np.int32]
+"""Ascending, counted from where a block starts."""
 Words: TypeAlias = npt.NDArray[np.uint32]
 
 # Codes of weights repeat by chance alone: a tiny table of long matches leaves them to the Huffman stage, which is
@@ -104,23 +106,6 @@ def encode_gaps(positions: Positions) -> Uint8Array:
     return data
 
 
-def decode_gaps(data: Uint8Array, *, count: int, size: int) -> Positions:
-    """The ``count`` ascending positions below ``size``.
-
-    Raises:
-        CodecError: Another count, an unfinished gap, or a position out of range.
-    """
-    ends = data != _ESCAPE
-    if np.count_nonzero(ends) != count or (data.size > 0 and not ends[-1]):
-        raise CodecError(f"the gaps are not those of {count} positions")
-    # An escape is 255 skipped elements and ends no gap; any other byte is its value and the kept element.
-    reached = np.cumsum(data + ends.astype(np.int64))
-    if count and reached[-1] > size:
-        raise CodecError("the gaps lead past the end")
-    positions: Positions = (reached if count == data.size else reached[ends]) - 1
-    return positions
-
-
 # -- entropy coding --------------------------------------------------------------------------------------
 
 
@@ -143,8 +128,8 @@ def frequencies(model: Uint8Array) -> npt.NDArray[np.int64]:
     return shares
 
 
-class EntropyCoder:
-    """Symbols 0 to 255 to 32-bit words and back, under one model."""
+class GapEncoder:
+    """Symbols 0 to 255 to 32-bit words, under one model."""
 
     def __init__(self, model: Uint8Array) -> None:
         # The library gives every symbol one of 2²⁴ and shares out the rest: in whole shares, exactly these.
@@ -158,16 +143,49 @@ class EntropyCoder:
         words: Words = coder.get_compressed()
         return words
 
-    def decode(self, words: Words, count: int) -> Uint8Array:
-        """Exactly ``count`` symbols; raises CodecError unless ``words`` are what ``encode`` makes of them."""
-        try:
-            coder = constriction.stream.stack.AnsCoder(np.ascontiguousarray(words))
-        except ValueError as error:
-            raise CodecError("the words of a block end in zero") from error
-        symbols: Uint8Array = coder.decode(self._model, count).astype(np.uint8)
-        if not coder.is_empty():
-            raise CodecError(f"the words of a block are not those of {count} symbols")
-        return symbols
+
+class GapDecoder:
+    """Words to the positions whose gaps were encoded, under one model."""
+
+    def __init__(self, model: Uint8Array) -> None:
+        from weft.common.codec import loops  # not before an update needs it: see there
+
+        self._loops = loops
+        shares = frequencies(model).astype(np.uint64)
+        self._below = np.concatenate([np.zeros(1, np.uint64), np.cumsum(shares)])
+        slots = np.arange(1 << loops.BUCKET_BITS, dtype=np.uint64) << np.uint64(24 - loops.BUCKET_BITS)
+        first = np.searchsorted(self._below, slots, side="right") - 1
+        self._buckets = (
+            first.astype(np.uint64) << np.uint64(48) | shares[first] << np.uint64(24) | self._below[first]
+        )
+
+    def decode(self, words: Words, num_symbols: int, *, count: int, size: int) -> BlockPositions:
+        """The ``count`` ascending positions, below ``size``, that so many symbols stand for.
+
+        Args:
+            words: uint32 in C order; an array that is read-only, as those of a file are, costs no further compilation.
+            num_symbols: At most ``num_gap_symbols_max(count, size)``.
+            count: Positions, at most ``size``.
+            size: Elements of the block, below 2³¹.
+
+        Returns:
+            int32 [count].
+
+        Raises:
+            CodecError: The words are not what ``encode`` makes of the symbols that they decode to; another count, an
+                unfinished gap, or a position out of range.
+        """
+        if words.size > 0 and words[-1] == 0:
+            raise CodecError("the words of a block end in zero")
+        positions = np.empty(count, np.int32)
+        outcome = self._loops.decode_gaps(words, num_symbols, self._below, self._buckets, positions, size)
+        if outcome == self._loops.OTHER_WORDS:
+            raise CodecError(f"the words of a block are not those of {num_symbols} symbols")
+        if outcome == self._loops.OTHER_GAPS:
+            raise CodecError(f"the gaps are not those of {count} positions")
+        if outcome == self._loops.PAST_THE_END:
+            raise CodecError("the gaps lead past the end")
+        return positions
 
 
 def num_words_max(num_symbols: int) -> int:

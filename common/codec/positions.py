@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from weft.common.codec import lossless
 from weft.common.codec.blocks import DENSE_BLOCK, SPARSE_BLOCK, Pieces, Row
+from weft.common.codec.lossless import BlockPositions
 from weft.common.codec.section import Coding, Expected, Indices
 from weft.common.codec.settings import CodecSettings
 from weft.common.errors import CodecError
@@ -33,7 +34,7 @@ from weft.common.tensors import Float32Array, TensorData, TensorFile
 class PositionReader(Protocol):
     """Positions of an open section."""
 
-    def positions(self, block: int) -> Indices | None:
+    def positions(self, block: int) -> BlockPositions | None:
         """Where kept values lie in a block, ascending; None when all are kept. Raises CodecError."""
         ...
 
@@ -179,8 +180,8 @@ class Largest:
         gaps = [lossless.encode_gaps(positions) for positions in by_block]
         counts = sum((np.bincount(part, minlength=256) for part in gaps), np.zeros(256, np.int64))
         model = lossless.model_of(counts)
-        coder = lossless.EntropyCoder(model)
-        words = [coder.encode(part) for part in gaps]
+        encoder = lossless.GapEncoder(model)
+        words = [encoder.encode(part) for part in gaps]
         return {
             f"{section}#counts": _lengths(by_block),
             f"{section}#gap_symbols": _lengths(gaps),
@@ -224,11 +225,11 @@ class _LargestReader:
         if ((self._symbols < self._counts) | (self._symbols > longest)).any():
             raise CodecError(f"{section}#gap_symbols does not fit the number of positions")
         self._words = Pieces(f"{section}#gaps", lengths, file.array(f"{section}#gaps"))
-        self._coder = lossless.EntropyCoder(file.array(f"{section}#gap_model"))
+        self._decoder = lossless.GapDecoder(file.array(f"{section}#gap_model"))
 
-    def positions(self, block: int) -> Indices:
-        gaps = self._coder.decode(self._words[block], int(self._symbols[block]))
-        return lossless.decode_gaps(gaps, count=int(self._counts[block]), size=int(self._sizes[block]))
+    def positions(self, block: int) -> BlockPositions:
+        count, size = int(self._counts[block]), int(self._sizes[block])
+        return self._decoder.decode(self._words[block], int(self._symbols[block]), count=count, size=size)
 
 
 # -- a shared mask ---------------------------------------------------------------------------------------
@@ -245,7 +246,10 @@ class SharedMask(_Unwritten):
         """The mask, whatever the values."""
         del arrays
         mask = _MaskReader(row, coding)
-        blocks = [mask.positions(block) + block * row.block_size for block in range(row.num_blocks)]
+        blocks = [
+            np.add(mask.positions(block), block * row.block_size, dtype=np.int64)
+            for block in range(row.num_blocks)
+        ]
         kept = np.concatenate([*blocks, np.empty(0, np.int64)])
         cuts = np.searchsorted(kept, row.bounds)
         return [
@@ -272,11 +276,11 @@ class _MaskReader:
         self._seed = coding.round_seed
         self._threshold = math.floor(coding.settings.density * 2**32)
 
-    def positions(self, block: int) -> Indices:
+    def positions(self, block: int) -> BlockPositions:
         start, stop = self._row.block_span(block)
         bits = np.random.Philox(key=np.array([self._seed, block], np.uint64))
         draws = bits.random_raw(-(-(stop - start) // 2)).astype("<u8", copy=False).view("<u4")
-        return np.flatnonzero(draws[: stop - start] < self._threshold)
+        return np.flatnonzero(draws[: stop - start] < self._threshold).astype(np.int32)
 
 
 def _lengths(parts: Sequence[npt.NDArray[np.generic]]) -> npt.NDArray[np.int32]:

@@ -199,7 +199,7 @@ class UpdateFile:
     """An update that was screened, read tile by tile.
 
     A tile of float32 comes from the mapped file. Of every other delta, and of the Fisher, the blocks that the tile
-    lies in are decoded and the last few remembered: 2 MiB where all values are written, 2.4 MiB at density 0.05 (twelve
+    lies in are decoded and the last few remembered: 2 MiB where all values are written, 1.6 MiB at density 0.05 (eight
     bytes a kept value). Several threads may read tiles.
 
     Raises:

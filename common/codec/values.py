@@ -88,7 +88,7 @@ class ValueCoder(Protocol):
         ...
 
     def restore(self, codes: Codes, scales: Float32Array) -> Float32Array:
-        """What codes stand for."""
+        """What codes stand for; ``scales`` may be written over."""
         ...
 
     def pack(self, codes: Codes) -> bytes:
@@ -243,7 +243,9 @@ class Signs:
 
     def restore(self, codes: Codes, scales: Float32Array) -> Float32Array:
         """The scale with the sign put in front."""
-        return (scales.view(np.uint32) | codes.astype(np.uint32) << 31).view(np.float32)
+        bits = scales.view(np.uint32)
+        bits |= np.left_shift(codes, 31, dtype=np.uint32)
+        return scales
 
     def pack(self, codes: Codes) -> bytes:
         """Bits."""

@@ -252,7 +252,7 @@ def test_another_writer_writes_the_same_words(symbols: list[int]) -> None:
     model = lossless.model_of(np.bincount(np.array(symbols, np.int64), minlength=256))
     of_symbol = frequencies(tuple(model.tolist()))
     assert of_symbol == lossless.frequencies(model).tolist()
-    words = lossless.EntropyCoder(model).encode(np.array(symbols, np.uint8)).tolist()
+    words = lossless.GapEncoder(model).encode(np.array(symbols, np.uint8)).tolist()
     assert encode_symbols(symbols, of_symbol) == words
     assert decode_symbols(words, len(symbols), of_symbol) == symbols
 

@@ -325,24 +325,6 @@ def test_each_tensor_keeps_its_share_on_its_own_scale(tmp_path: Path) -> None:
     assert 1e-3 < np.abs(small).max() < 3e-3
 
 
-@pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 100_000])
-def test_gaps_of_any_length_come_back(gap: int) -> None:
-    positions = np.array([gap, 2 * gap + 1, 2 * gap + 2])
-    data = lossless.encode_gaps(positions)
-    assert data.size <= lossless.num_gap_symbols_max(3, 2 * gap + 3)
-    assert lossless.decode_gaps(data, count=3, size=2 * gap + 3).tolist() == positions.tolist()
-    with pytest.raises(CodecError, match="past the end"):
-        lossless.decode_gaps(data, count=3, size=2 * gap + 2)
-
-
-@pytest.mark.parametrize(
-    ("data", "count"), [([1, 2], 1), ([1, 2], 3), ([1, 255], 1), ([255], 0), ([], 1)], ids=str
-)
-def test_gaps_of_another_count_are_refused(data: list[int], count: int) -> None:
-    with pytest.raises(CodecError, match="positions"):
-        lossless.decode_gaps(np.array(data, np.uint8), count=count, size=1000)
-
-
 def test_sign_bits_beyond_the_last_are_zero() -> None:
     assert lossless.decode_signs(np.array([0b10100000], np.uint8), count=3).tolist() == [1, 0, 1]
     for count in (2, 9):
@@ -358,35 +340,6 @@ def test_a_model_is_a_count_with_three_bits_of_mantissa() -> None:
     frequencies = lossless.frequencies(model)
     assert frequencies.sum() == 1 << 24
     assert frequencies.min() >= 1
-
-
-@pytest.mark.parametrize("counts", [[], [(7, 1)], [(0, 10**9)], [(symbol, 5) for symbol in range(256)]])
-def test_symbols_come_back_whatever_the_model(counts: list[tuple[int, int]]) -> None:
-    of_symbol = np.zeros(256, np.int64)
-    for symbol, count in counts:
-        of_symbol[symbol] = count
-    coder = lossless.EntropyCoder(lossless.model_of(of_symbol))
-    symbols = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8)
-    words = coder.encode(symbols)
-    assert coder.decode(words, 1000).tolist() == symbols.tolist()
-    assert coder.decode(coder.encode(symbols[:0]), 0).size == 0
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    model=hnp.arrays(np.uint8, 256),
-    words=hnp.arrays(np.uint32, st.integers(0, 12)),
-    count=st.integers(0, 40),
-)
-def test_no_words_but_the_encoders_are_decoded(
-    model: npt.NDArray[np.uint8], words: npt.NDArray[np.uint32], count: int
-) -> None:
-    coder = lossless.EntropyCoder(model)
-    try:
-        symbols = coder.decode(words, count)
-    except CodecError:
-        return
-    assert coder.encode(symbols).tolist() == words.tolist()
 
 
 # -- seeds
@@ -651,7 +604,7 @@ def of_gaps(symbols: list[int], counts: int | None = None) -> Callable[[Tensors]
 
     def change(tensors: Tensors) -> None:
         coded = np.array(symbols, np.uint8)
-        words = lossless.EntropyCoder(tensors["delta#gap_model"]).encode(coded)
+        words = lossless.GapEncoder(tensors["delta#gap_model"]).encode(coded)
         tensors["delta#gaps"] = words
         tensors["delta#gap_words"] = np.array([words.size], np.int32)
         tensors["delta#gap_symbols"] = np.array([coded.size], np.int32)
@@ -751,6 +704,14 @@ FORGERIES: dict[str, tuple[CodecSettings, Callable[[Tensors], object], str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def loops_in_memory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The compiler and what it compiles: once a process, whatever arrives."""
+    path = forge(tmp_path_factory.mktemp("good") / "u", TERNARY, lambda _: None)
+    screen(path, SCHEMA, TERNARY, fisher=True)
+
+
+@pytest.mark.usefixtures("loops_in_memory")
 @pytest.mark.parametrize(("codec", "change", "message"), FORGERIES.values(), ids=FORGERIES)
 def test_a_forgery_is_refused_and_costs_no_memory(
     tmp_path: Path, codec: CodecSettings, change: Callable[[Tensors], object], message: str
