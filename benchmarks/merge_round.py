@@ -191,6 +191,7 @@ class FileUpdate:
     task_id: str = ""
     weight: float = 1.0
     rank: int | None = None
+    norm: float | None = None
     sparse: bool = True
 
     def tile(self, name: str, start: int, stop: int) -> Float32:

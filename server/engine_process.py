@@ -62,6 +62,7 @@ class _FileUpdate:
     task_id: str
     weight: float
     rank: int | None
+    norm: float
     file: UpdateFile
 
     @property
@@ -129,6 +130,7 @@ class Jobs:
                     task_id=item["task_id"],
                     weight=item["weight"],
                     rank=item["rank"] or None,
+                    norm=item["norm"],
                     file=stack.enter_context(
                         UpdateFile(
                             Path(item["path"]), schema.at_rank(item["rank"]) if item["rank"] else schema

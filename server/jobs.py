@@ -28,6 +28,7 @@ def merge_job(run: Run, round_: Round, blobs: BlobStore, scratch: Path) -> dict[
                 "task_id": update.task_id,
                 "weight": update.weight,
                 "rank": update.rank,
+                "norm": update.norm,
             }
             for update in round_.updates
         ],

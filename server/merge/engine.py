@@ -35,6 +35,7 @@ from weft.server.merge.statistics import (
     TensorMeasure,
     UpdateMeasure,
     clip_factors,
+    is_norm_enough,
     measure_tensor,
     normalised_weights,
     update_measure,
@@ -82,7 +83,7 @@ class Contribution:
     parameter_norm: float | None
     """Norm of the movement of its parameters, before clipping; None when it was not measured."""
     kept: float | None
-    """Share of its elements that are not zero after trimming; None when neither was counted."""
+    """Share of its elements that are not zero after trimming; None when nobody counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,7 +386,7 @@ def measure_updates(
     contributors = _contributors(
         crew, _ordered(updates), start, schema, settings=settings, scaling=scaling, norms=True
     )
-    return contributors, tuple(_contribution(each, norms=True, counted=True) for each in contributors)
+    return contributors, tuple(_contribution(each, norms=True) for each in contributors)
 
 
 def _seen_whole(round_: _Round, schema: Schema, pairs: Sequence[Pair]) -> list[TensorSpec]:
@@ -476,22 +477,27 @@ def _measure(
     norms: bool,
 ) -> tuple[UpdateMeasure, ...]:
     trim, fisher = settings.parameters.trim, RULES[settings.rule].needs_fisher
+    # What was measured when an update came in spares a pass over it now.
+    knows = settings.rescale is not Rescale.RDA and is_norm_enough(schema)
+    known = [each.norm if knows else None for each in updates]
 
-    def tensor(job: tuple[Update, TensorSpec]) -> TensorMeasure:
-        return measure_tensor(*job, OWN.scratch, trim=trim, fisher=fisher, norms=norms)
+    def tensor(job: tuple[int, TensorSpec]) -> TensorMeasure:
+        index, spec = job
+        unknown = norms and known[index] is None
+        return measure_tensor(updates[index], spec, OWN.scratch, trim=trim, fisher=fisher, norms=unknown)
 
     def changes(pair: Pair) -> list[float]:
         at = {name: index for index, (name, _) in enumerate(schema.lora_pairs)}[pair[0].name]
         moved = (lora.read_factors(each, *_pairs(of)[at]) for each, of in zip(updates, schemas, strict=True))
         return lora.change_square_sums(lora.read_factors(start, *pair), moved)
 
-    jobs = [(each, spec) for each, of in zip(updates, schemas, strict=True) for spec in of.tensors]
+    jobs = [(index, spec) for index, of in enumerate(schemas) for spec in of.tensors]
     measures = iter(_map(crew, jobs, tensor, lambda job: job[1].size))
     layers = crew.map(changes, _pairs(schema)) if norms else []
     moved = zip(*layers, strict=True) if layers else itertools.repeat((0.0,) * len(schema.lora_pairs))
     return tuple(
-        update_measure(of, [next(measures) for _ in of.tensors], each, scaling=scaling)
-        for of, each in zip(schemas, moved, strict=False)
+        update_measure(of, [next(measures) for _ in of.tensors], each, scaling=scaling, norm=norm)
+        for of, norm, each in zip(schemas, known, moved, strict=False)
     )
 
 
@@ -624,19 +630,16 @@ def _report(
     norms: bool,
 ) -> MergeReport:
     lost, total = (math.fsum(each) for each in zip((0.0, 0.0), *losses, strict=True))
-    counted = norms or round_.parameters.trim is not None
     return MergeReport(
         rule=round_.rule.name,
         lora=space,
-        contributions=tuple(
-            _contribution(each, norms=norms, counted=counted) for each in round_.contributors
-        ),
+        contributions=tuple(_contribution(each, norms=norms) for each in round_.contributors),
         truncation_error=math.sqrt(lost / total) if total else 0.0,
         seconds=dict(zip(("measure", "survey", "merge"), np.diff(times).tolist(), strict=True)),
     )
 
 
-def _contribution(contributor: Contributor, *, norms: bool, counted: bool) -> Contribution:
+def _contribution(contributor: Contributor, *, norms: bool) -> Contribution:
     measure = contributor.measure
     return Contribution(
         worker_id=contributor.update.worker_id,
@@ -645,5 +648,5 @@ def _contribution(contributor: Contributor, *, norms: bool, counted: bool) -> Co
         clip_factor=contributor.clip,
         change_norm=measure.change_norm if norms else None,
         parameter_norm=measure.parameter_norm if norms else None,
-        kept=measure.kept if counted else None,
+        kept=measure.kept,
     )

@@ -1,9 +1,10 @@
 """Compiled loops over tiles: what the rules that read most do to every element.
 
 Of each value they see what a cut keeps: zero stands for magnitudes up to ``dropped`` and for those above ``upto``;
-−1 and infinity keep all. What is not a number stays.
+−1 and infinity keep all. What is not a number stays. Those whose name ends in ``at`` are for sparse tiles, of which
+all is kept.
 
-Legend: T = elements of a tile.
+Legend: T = elements of a tile, n = elements of a sparse tile that are not zero.
 """
 
 from __future__ import annotations
@@ -73,6 +74,13 @@ def add(values: Float32, dropped: np.float32, upto: np.float32, factor: np.float
 
 
 @compiled
+def add_at(places: Indices, values: Float32, factor: np.float32, total: Float32) -> None:
+    """Add ``factor`` times ``values`` [n] to ``total`` [T] at ``places`` [n]."""
+    for index in range(len(places)):
+        total[np.uint64(places[index])] += values[index] * factor
+
+
+@compiled
 def add_signed(
     values: Float32,
     dropped: np.float32,
@@ -98,6 +106,26 @@ def add_signed(
 
 
 @compiled
+def add_signed_at(
+    places: Indices,
+    values: Float32,
+    factor: np.float32,
+    positive: Float32,
+    negative: Float32,
+    num_positive: Counts,
+    num_negative: Counts,
+) -> None:
+    """As ``add_signed``, of ``values`` [n] at ``places`` [n]."""
+    for index in range(len(places)):
+        value, place = values[index] * factor, np.uint64(places[index])
+        # Both, whatever the sign: a guess that fails every other time costs more.
+        positive[place] += np.float32(0) if value < 0 else value
+        negative[place] += np.float32(0) if value > 0 else value
+        num_positive[place] += value > 0
+        num_negative[place] += value < 0
+
+
+@compiled
 def add_agreeing(
     values: Float32,
     dropped: np.float32,
@@ -115,6 +143,24 @@ def add_agreeing(
         agrees = kept & (value > 0 if elected[index] else value < 0)
         total[index] += value * factor if agrees else np.float32(0)
         shares[index] += share if agrees else np.float32(0)
+
+
+@compiled
+def add_agreeing_at(
+    places: Indices,
+    values: Float32,
+    factor: np.float32,
+    share: np.float32,
+    elected: Bytes,
+    total: Float32,
+    shares: Float32,
+) -> None:
+    """As ``add_agreeing``, of ``values`` [n] at ``places`` [n]."""
+    for index in range(len(places)):
+        value, place = values[index], np.uint64(places[index])
+        agrees = value > 0 if elected[place] else value < 0
+        total[place] += value * factor if agrees else np.float32(0)
+        shares[place] += share if agrees else np.float32(0)
 
 
 @compiled

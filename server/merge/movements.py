@@ -70,7 +70,7 @@ class Row:
     indices: Indices | None
     """Places of ``sent`` in the tile, ascending; None when it has them all."""
     stretches: Sequence[Stretch]
-    """What trimming keeps of a dense one, all of it in order."""
+    """What trimming keeps of a dense one, all of it in order; none of a sparse one."""
 
     @property
     def factor(self) -> float:
@@ -87,8 +87,7 @@ class Row:
         """Add ``factor`` times what trimming keeps to ``total``."""
         factor32 = np.float32(factor)
         if self.indices is not None:
-            total_T[self.indices] += self.sent * factor32
-            return
+            loops.add_at(self.indices, self.sent, factor32, total_T)
         for part, dropped, upto in self.stretches:
             loops.add(self.sent[part], dropped, upto, factor32, total_T[part])
 

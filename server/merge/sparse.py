@@ -26,7 +26,7 @@ from weft.server.merge.settings import (
     TiesConvention,
     TiesParameters,
 )
-from weft.server.merge.tiles import Bytes, Counts, Float32, Indices, Scratch
+from weft.server.merge.tiles import Bytes, Counts, Float32, Scratch
 from weft.server.merge.whole import pcb
 
 _UINT8_MAX: Final = 255
@@ -36,46 +36,33 @@ _UINT8_MAX: Final = 255
 class SignedSums:
     """Sums of what is positive and of what is negative, coordinate by coordinate: all that an election needs."""
 
-    sums: Float32
-    """Σ factor · value over positive values [T], then over negative ones [T]."""
-    counts: Counts
-    """How many values are positive [T], then how many are negative [T]."""
+    positive: Float32
+    """Σ factor · value over positive values, [T]."""
+    negative: Float32
+    """The same over negative ones, ≤ 0."""
+    num_positive: Counts
+    """How many values are positive, [T]."""
+    num_negative: Counts
+    """How many are negative."""
 
     @classmethod
     def zeros(cls, size: int, num_updates: int, scratch: Scratch) -> SignedSums:
         """Nothing added up yet."""
-        # One byte a count is four times as fast, and enough for nearly every round.
+        # One byte a count is faster, and enough for nearly every round.
         kind: type[np.unsignedinteger[Any]] = np.uint8 if num_updates <= _UINT8_MAX else np.uint32
         return cls(
-            scratch.zeros("signed sums", 2 * size, np.float32), scratch.zeros("signed counts", 2 * size, kind)
+            scratch.zeros("positive", size, np.float32),
+            scratch.zeros("negative", size, np.float32),
+            scratch.zeros("num positive", size, kind),
+            scratch.zeros("num negative", size, kind),
         )
-
-    @property
-    def positive(self) -> Float32:
-        """Σ factor · value over positive values, [T]."""
-        return self.sums[: len(self.sums) // 2]
-
-    @property
-    def negative(self) -> Float32:
-        """The same over negative ones, ≤ 0."""
-        return self.sums[len(self.sums) // 2 :]
-
-    @property
-    def num_positive(self) -> Counts:
-        """How many values are positive, [T]."""
-        return self.counts[: len(self.counts) // 2]
-
-    @property
-    def num_negative(self) -> Counts:
-        """How many are negative."""
-        return self.counts[len(self.counts) // 2 :]
 
     def add(self, row: Row, factor: float) -> None:
         """Add ``factor`` times what trimming keeps of a row."""
         factor32 = np.float32(factor)
         if row.indices is not None:
-            self._add_sparse(row.indices, row.sent * factor32)
-            return
+            by_sign = (self.positive, self.negative, self.num_positive, self.num_negative)
+            loops.add_signed_at(row.indices, row.sent, factor32, *by_sign)
         for part, dropped, upto in row.stretches:
             loops.add_signed(
                 row.sent[part],
@@ -87,11 +74,6 @@ class SignedSums:
                 self.num_positive[part],
                 self.num_negative[part],
             )
-
-    def _add_sparse(self, indices: Indices, values: Float32) -> None:
-        places = indices + (values < 0) * (len(self.sums) // 2)
-        self.sums[places] += values
-        self.counts[places] += values != 0
 
 
 def _signed_sums(movements: Movements) -> SignedSums:
@@ -166,23 +148,19 @@ def _weighted(movements: Movements, elected_T: Bytes, *, by_weight: bool) -> tup
     each = 1 / len(movements.contributors)
     for row in movements.rows():
         factor, share = np.float32(row.factor), np.float32(row.weight if by_weight else each)
-        if row.indices is None:
-            for part, dropped, upto in row.stretches:
-                loops.add_agreeing(
-                    row.sent[part],
-                    dropped,
-                    upto,
-                    factor,
-                    share,
-                    elected_T[part],
-                    total_T[part],
-                    shares_T[part],
-                )
-        else:
-            agreeing = np.where(elected_T[row.indices], row.sent > 0, row.sent < 0)
-            places = row.indices[agreeing]
-            total_T[places] += row.sent[agreeing] * factor
-            shares_T[places] += share
+        if row.indices is not None:
+            loops.add_agreeing_at(row.indices, row.sent, factor, share, elected_T, total_T, shares_T)
+        for part, dropped, upto in row.stretches:
+            loops.add_agreeing(
+                row.sent[part],
+                dropped,
+                upto,
+                factor,
+                share,
+                elected_T[part],
+                total_T[part],
+                shares_T[part],
+            )
     shares_T[shares_T == 0] = 1
     return total_T, shares_T
 

@@ -114,8 +114,8 @@ class TensorMeasure:
     """Σ movement²."""
     fisher_sum: float
     """Σ Fisher; 0 unless the rule needs it."""
-    num_kept: int
-    """Elements that are not zero once trimmed."""
+    num_kept: int | None
+    """Elements that are not zero once trimmed; None where nobody counted."""
     cut: Cut | None
     """What trimming keeps; None when nothing is trimmed."""
 
@@ -157,8 +157,9 @@ def _cut(
 def measure_tensor(
     update: Update, spec: TensorSpec, scratch: Scratch, *, trim: Trim | None, fisher: bool, norms: bool
 ) -> TensorMeasure:
-    """Measure one tensor of one update, in blocks; what is not asked for stays 0."""
-    square_sum, fisher_sum, num_kept, cut = 0.0, 0.0, 0, None
+    """Measure one tensor of one update, in blocks; what is not asked for stays 0, or None."""
+    square_sum, fisher_sum, cut = 0.0, 0.0, None
+    num_kept: int | None = None
     if norms:
         square_sum, num_kept = _squares(update, spec, scratch)
     if fisher:
@@ -204,8 +205,8 @@ class UpdateMeasure:
     """L2 norm of the movement of what the module computes: ΔW for LoRA, the weights themselves otherwise."""
     fisher_mean: float
     """Mean Fisher over the module; 0 unless the rule needs it."""
-    kept: float
-    """Share of elements that are not zero once trimmed."""
+    kept: float | None
+    """Share of elements that are not zero once trimmed; None where nobody counted."""
     cuts: Mapping[str, Cut | None]
     """What trimming keeps, by tensor."""
     square_sums: Mapping[str, float]
@@ -215,7 +216,12 @@ class UpdateMeasure:
 
 
 def update_measure(
-    schema: Schema, tensors: Sequence[TensorMeasure], change_squares: Sequence[float], *, scaling: float
+    schema: Schema,
+    tensors: Sequence[TensorMeasure],
+    change_squares: Sequence[float],
+    *,
+    scaling: float,
+    norm: float | None = None,
 ) -> UpdateMeasure:
     """Put together what was measured of an update.
 
@@ -224,19 +230,33 @@ def update_measure(
         tensors: One measure for each, in the order of ``schema``.
         change_squares: ‖B A − B₀ A₀‖² of each LoRA pair, in the order of ``schema.lora_pairs``.
         scaling: ΔW = scaling · B A.
+        norm: L2 norm of the movement, where square sums of tensors were not measured (``is_norm_enough``).
     """
     factors = {name for pair in schema.lora_pairs for name in pair}
     named = list(zip(schema.tensors, tensors, strict=True))
+    squares = [measure.square_sum for measure in tensors] if norm is None else [norm**2]
     others = [measure.square_sum for spec, measure in named if spec.name not in factors]
+    if norm is not None and not factors:
+        others = squares
+    counts = [measure.num_kept for measure in tensors if measure.num_kept is not None]
     return UpdateMeasure(
-        parameter_norm=math.sqrt(math.fsum(measure.square_sum for measure in tensors)),
+        parameter_norm=math.sqrt(math.fsum(squares)),
         change_norm=math.sqrt(math.fsum([*others, *(scaling**2 * square for square in change_squares)])),
         fisher_mean=math.fsum(measure.fisher_sum for measure in tensors) / max(1, schema.num_parameters),
-        kept=sum(measure.num_kept for measure in tensors) / max(1, schema.num_parameters),
+        kept=sum(counts) / max(1, schema.num_parameters) if len(counts) == len(tensors) else None,
         cuts={spec.name: measure.cut for spec, measure in named},
         square_sums={spec.name: measure.square_sum for spec, measure in named},
         change_squares=dict(zip(schema.lora_pairs, change_squares, strict=True)),
     )
+
+
+def is_norm_enough(schema: Schema) -> bool:
+    """Whether the norm of a movement is all that clipping needs of its tensors.
+
+    Beside LoRA factors, whose change norm comes from their products, there are no others; or there are no factors.
+    """
+    factors = {name for pair in schema.lora_pairs for name in pair}
+    return not factors or all(spec.name in factors for spec in schema.tensors)
 
 
 def lower_median(values: Sequence[float]) -> float:

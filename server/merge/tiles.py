@@ -78,6 +78,11 @@ class Update(Protocol):
         """Rank of its LoRA factors, A[:rank] and B[:, :rank] of the module's; None: the module's own."""
         ...
 
+    @property
+    def norm(self) -> float | None:
+        """L2 norm of the movement of all its tensors, where that was measured when it came in."""
+        ...
+
     def tile(self, name: str, start: int, stop: int) -> Float32:
         """The movement of elements ``start:stop`` of tensor ``name``, flat in C order.
 
@@ -157,6 +162,8 @@ class ArrayUpdate:
     """Rank of its LoRA factors; None: the module's own."""
     fisher: Arrays | None = None
     """Diagonal Fisher by tensor name."""
+    norm: float | None = None
+    """L2 norm of the movement, where it is known."""
 
     def tile(self, name: str, start: int, stop: int) -> Float32:
         """The movement of elements ``start:stop``."""

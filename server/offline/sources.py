@@ -119,6 +119,7 @@ class Movement:
 
     task_id = ""
     rank = None
+    norm = None
 
     def __init__(
         self,
@@ -214,6 +215,7 @@ class Thinned:
 
     task_id = ""
     rank = None
+    norm = None
     sparse = True
 
     def __init__(self, update: Update, cuts: Mapping[str, Thin]) -> None:

@@ -125,3 +125,21 @@ def test_what_is_dropped_by_chance_is_zero_and_the_rest_scaled(values: Float32, 
     words, out = (np.arange(len(values)) * 7919 % (1 << 16)).astype(np.uint16), np.empty_like(values)
     loops.drop(values, words, num_words, np.float32(1.25), out)
     same(out, np.where(words < num_words, values * np.float32(1.25), np.float32(0)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@given(TILES, st.sampled_from([1.0, 0.3]))
+def test_a_sparse_tile_adds_what_the_dense_one_does(values: Float32, factor: float) -> None:
+    places = np.flatnonzero(values != 0)
+    elected = (np.arange(len(values)) % 2).astype(np.uint8)
+    dense, sparse = np.ones((2, 5, len(values)), np.float32)
+    counts = np.ones((2, 2, len(values)), np.uint8)
+    scale, share = np.float32(factor), np.float32(0.2)
+    loops.add(values, *ALL, scale, dense[0])
+    loops.add_at(places, values[places], scale, sparse[0])
+    loops.add_signed(values, *ALL, scale, dense[1], dense[2], counts[0, 0], counts[0, 1])
+    loops.add_signed_at(places, values[places], scale, sparse[1], sparse[2], counts[1, 0], counts[1, 1])
+    loops.add_agreeing(values, *ALL, scale, share, elected, dense[3], dense[4])
+    loops.add_agreeing_at(places, values[places], scale, share, elected, sparse[3], sparse[4])
+    same(sparse, dense)
+    same(counts[1], counts[0])

@@ -34,11 +34,13 @@ from weft.server.merge.settings import (
     MergeSettings,
     ModelStockParameters,
     NegationParameters,
+    Rescale,
     SlerpParameters,
     TaskArithmeticParameters,
     TiesConvention,
     TiesParameters,
 )
+from weft.server.merge.statistics import is_norm_enough
 from weft.server.merge.tiles import Arrays, ArrayUpdate, Float32, Indices
 from weft.server.outer import OuterSettings
 
@@ -413,6 +415,7 @@ class SparseUpdate:
     dense: ArrayUpdate
     sparse: bool = True
     rank: int | None = None
+    norm: float | None = None
 
     @property
     def worker_id(self) -> str:
@@ -471,6 +474,50 @@ def test_nothing_is_measured_where_nothing_needs_it() -> None:
     assert all(c.kept is not None and c.parameter_norm is None for c in report.contributions)
     _, report = merge(updates_of(FULL), FULL, MergeSettings(), norms=False)
     assert all(c.parameter_norm is not None for c in report.contributions)
+
+
+@dataclasses.dataclass(frozen=True)
+class CountedUpdate(SparseUpdate):
+    """An update that counts how often it is read."""
+
+    read: list[str] = dataclasses.field(default_factory=list)
+
+    def tile(self, name: str, start: int, stop: int) -> Float32:
+        self.read.append(name)
+        return self.dense.tile(name, start, stop)
+
+    def sparse_tile(self, name: str, start: int, stop: int) -> None:  # type: ignore[override]
+        """None: it is dense."""
+
+
+@pytest.mark.parametrize("schema", [FULL, LORA], ids=["full", "lora"])
+def test_a_norm_that_is_known_spares_a_pass_and_changes_nothing(schema: Schema) -> None:
+    settings = MergeSettings(lora=LoraSpace.FACTORS if schema is LORA else None)
+    updates = updates_of(schema)
+    expected, measured = merge(updates, schema, settings)
+    norms = [each.parameter_norm for each in measured.contributions]
+    known = [CountedUpdate(each, norm=norm) for each, norm in zip(updates, norms, strict=True)]
+    unknown = [CountedUpdate(each) for each in updates]
+    merged, report = merge(known, schema, settings)
+    merge(unknown, schema, settings)
+    for key in expected:
+        np.testing.assert_array_equal(merged[key], expected[key])
+    assert [c.change_norm for c in report.contributions] == pytest.approx(
+        [c.change_norm for c in measured.contributions]
+    )
+    assert [c.kept for c in report.contributions] == [None] * len(known)
+    assert len(unknown[0].read) - len(known[0].read) == len(schema.tensors)
+
+
+def test_a_known_norm_is_not_enough_where_tensors_are_weighed_one_by_one() -> None:
+    wrong = [dataclasses.replace(each, norm=1e9) for each in updates_of(FULL)]
+    settings = MergeSettings(rescale=Rescale.RDA)
+    (ours, _), (expected, _) = merge(wrong, FULL, settings), merge(updates_of(FULL), FULL, settings)
+    np.testing.assert_array_equal(ours["weight"], expected["weight"])
+    heads = Schema((*LORA.tensors, TensorSpec("score.weight", "F32", (2, 3))))
+    assert not is_norm_enough(heads)
+    assert is_norm_enough(LORA)
+    assert is_norm_enough(FULL)
 
 
 def test_norms_of_the_tiny_and_of_the_huge_are_right() -> None:
