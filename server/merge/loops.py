@@ -16,7 +16,7 @@ import numpy as np
 from weft.common.compiled import compiled
 from weft.server.merge.tiles import Bits, Bytes, Counts, Float32, Indices, Words
 
-WORD: Final = 8
+_WORD: Final = 8
 """Flags that are looked at together."""
 _MAGNITUDE: Final = 0x7FFFFFFF
 
@@ -33,7 +33,7 @@ def gather(
         values: [T].
         low: Bits of the smallest magnitude to be gathered.
         high: Of the largest.
-        flags: Scratch, [T] rounded up to whole words.
+        flags: Scratch, [T].
         bits: Receives those of what is gathered, in order, [T].
         places: Receives its indices, [T].
     """
@@ -43,15 +43,19 @@ def gather(
     width = np.uint32(high - low)
     for index in range(size):
         flags[index] = np.uint32((signed[index] & _MAGNITUDE) - low) <= width
-    flags[size:] = 0
-    words = flags.view(np.uint64)
+    whole = size // _WORD * _WORD
+    words = flags[:whole].view(np.uint64)
     for word in range(len(words)):
         if words[word] != 0:
-            for index in range(word * WORD, min(size, (word + 1) * WORD)):
-                if flags[index]:
-                    bits[num_gathered] = signed[index] & _MAGNITUDE
-                    places[num_gathered] = index
-                    num_gathered += 1
+            for index in range(word * _WORD, word * _WORD + _WORD):
+                # Written over by the next, unless it counts: a guess that fails costs more.
+                bits[num_gathered] = signed[index] & _MAGNITUDE
+                places[num_gathered] = index
+                num_gathered += flags[index]
+    for index in range(whole, size):
+        bits[num_gathered] = signed[index] & _MAGNITUDE
+        places[num_gathered] = index
+        num_gathered += flags[index]
     return num_above, num_gathered
 
 

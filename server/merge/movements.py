@@ -73,13 +73,18 @@ class Row:
     """What trimming keeps of a dense one, all of it in order; none of a sparse one."""
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is trimmed of it."""
+        return all(stretch.keeps_all for stretch in self.stretches)
+
+    @property
     def factor(self) -> float:
         """What is multiplied with what trimming keeps, in a weighted sum."""
         return self.weight * self.clip
 
     def kept(self, scratch: Scratch) -> Float32:
         """What trimming keeps, before clipping; not to be written to."""
-        if self.indices is not None or all(stretch.keeps_all for stretch in self.stretches):
+        if self.keeps_all:
             return self.sent
         return trimmed(self.sent, self.stretches, scratch)
 
@@ -88,8 +93,11 @@ class Row:
         factor32 = np.float32(factor)
         if self.indices is not None:
             loops.add_at(self.indices, self.sent, factor32, total_T)
-        for part, dropped, upto in self.stretches:
-            loops.add(self.sent[part], dropped, upto, factor32, total_T[part])
+        elif factor == 1 and self.keeps_all:  # which is mostly waiting for memory: comparing would show
+            np.add(total_T, self.sent, out=total_T)
+        else:
+            for part, dropped, upto in self.stretches:
+                loops.add(self.sent[part], dropped, upto, factor32, total_T[part])
 
 
 @dataclass(frozen=True, slots=True)

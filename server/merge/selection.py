@@ -34,7 +34,7 @@ _SAMPLE_SHARE: Final = 1 << 16
 """One run for so many elements,"""
 _SAMPLE_RUNS: Final = (4, 1 << 7)
 """but no fewer and no more runs than these: a quarter of a million elements give a quantile within 0.08 %."""
-_MARGIN: Final = 5.0
+_MARGIN: Final = 4.0
 """Standard deviations between the sample's quantile and the ends of the bracket."""
 _GATHERED_MAX: Final = 1 / 16
 """Share of a tensor that is gathered at most: few magnitudes, many times each, can put more into a bracket."""
@@ -78,7 +78,7 @@ class _Bracket:
     def gather(self, values: Float32, start: int, scratch: Scratch) -> None:
         """Count and gather in the block that begins at element ``start``."""
         size = len(values)
-        flags = scratch.take("flags", -(-size // loops.WORD) * loops.WORD, np.uint8)
+        flags = scratch.take("flags", size, np.uint8)
         bits, places = scratch.take("bits", size, np.int32), scratch.take("places", size, np.int64)
         num_above, num_between = loops.gather(values, max(1, self.low), self.high, flags, bits, places)
         self.num_above += num_above

@@ -36,7 +36,7 @@ def test_what_lies_between_is_gathered_in_order_and_what_lies_above_counted(
     values: Float32, one: int, other: int
 ) -> None:
     low, high = sorted((one, other))
-    flags = np.full(-(-len(values) // loops.WORD) * loops.WORD, 7, np.uint8)
+    flags = np.full(len(values), 7, np.uint8)
     bits, places = np.empty(len(values), np.int32), np.empty(len(values), np.int64)
     num_above, num = loops.gather(values, low, high, flags, bits, places)
     magnitudes = values.view(np.int32) & 0x7FFFFFFF
