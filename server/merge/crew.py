@@ -8,6 +8,7 @@ takes the jobs that no other has taken and gets the results of all; nothing else
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ from multiprocessing.context import ForkProcess
 from typing import Any, Final, Protocol, TypeVar
 
 import torch
+from threadpoolctl import ThreadpoolController
 
 from weft.common import compiled
 from weft.common.errors import EngineFailed, WeftError
@@ -70,13 +72,20 @@ ALONE: Final = Threads()
 
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Torch computes with one thread meanwhile."""
+    """Torch, numpy and scipy compute with one thread meanwhile."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _thread_pools().limit(limits=1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
+
+
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    """Those of the libraries that are loaded when it is first asked for."""
+    return ThreadpoolController()
 
 
 class _Over(Exception):

@@ -2,15 +2,17 @@
 
 Magnitudes of float32 order like their bits read as whole numbers, so everything here works on bits. A sample
 says between which two values the answer lies, nearly always; one pass counts what is above and gathers the
-little that is between, and the answer is the right one of those. Where the sample misled, three passes of
-radix counting (12, 12 and 7 bits) find it instead: the result is the same.
+little that is between, and the answer is the right one of those. Where the sample misled, another pass looks
+further on the side that the counts tell; where that misses too, or too many are equal, three passes of radix
+counting (12, 12 and 7 bits) find it. The result is the same.
 
 Legend: N = elements of the tensor, n = elements of a block, k = how many largest are meant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -35,7 +37,9 @@ _SAMPLE_SHARE: Final = 1 << 16
 _SAMPLE_RUNS: Final = (4, 1 << 7)
 """but no fewer and no more runs than these: a quarter of a million elements give a quantile within 0.08 %."""
 _MARGIN: Final = 4.0
-"""Standard deviations between the sample's quantile and the ends of the bracket."""
+"""Standard deviations of independent samples between the quantile of these and the ends of the bracket."""
+_WIDE_MARGIN: Final = 16.0
+"""The same where that was not enough: elements of a run are alike if rows of the tensor differ."""
 _GATHERED_MAX: Final = 1 / 16
 """Share of a tensor that is gathered at most: few magnitudes, many times each, can put more into a bracket."""
 _NUM_BITS: Final = 31
@@ -91,13 +95,24 @@ class _Bracket:
     def _gathers(self) -> bool:
         return self.low < self.high and self.num_between <= self.size * _GATHERED_MAX
 
+    def holds(self, k: int) -> bool:
+        """Whether the answer lies here, as far as is known now."""
+        until = self.num_above + self.num_between
+        return self.num_above < k <= until or (k > until and self.low == 0)
+
+    def beside(self, wider: _Bracket, k: int) -> _Bracket:
+        """What ``wider`` has on the side that the answer lies on."""
+        if k <= self.num_above:
+            return _Bracket(self.high + 1, max(self.high + 1, wider.high), self.size)
+        return _Bracket(min(wider.low, self.low - 1), max(1, self.low - 1), self.size)
+
     def kth(self, k: int) -> Kth | None:
-        """The answer, unless it lies elsewhere."""
+        """The answer, unless it lies elsewhere or among too many."""
         above, until = self.num_above, self.num_above + self.num_between
-        if k > until and self.low == 0:
-            return Kth(0, until, self.size - until)
-        if not above < k <= until:
+        if not self.holds(k):
             return None
+        if k > until:
+            return Kth(0, until, self.size - until)
         if self.low == self.high:
             return Kth(self.low, above, until - above)
         if not self._gathers:
@@ -110,13 +125,26 @@ def kths_largest(read: Read, size: int, ks: Sequence[int], scratch: Scratch) -> 
     if size <= _SMALL_ELEMENTS:
         bits = read(0, size).view(np.int32) & MAGNITUDE
         return [_kth(bits, None, k, num_above=0) for k in ks]
-    brackets = [_Bracket(low, high, size) for low, high in _brackets(read, size, ks, scratch)]
+    sample = _sample(read, size, scratch)
+    brackets = {k: _bracket(sample, size, k, _MARGIN) for k in ks}
+    _gather(read, size, brackets.values(), scratch)
+    beside = {
+        k: bracket.beside(_bracket(sample, size, k, _WIDE_MARGIN), k)
+        for k, bracket in brackets.items()
+        if not bracket.holds(k)
+    }
+    if beside:
+        _gather(read, size, beside.values(), scratch)
+    found = {k: bracket.kth(k) for k, bracket in (brackets | beside).items()}
+    return [found[k] or _radix(read, size, k, scratch) for k in ks]
+
+
+def _gather(read: Read, size: int, brackets: Iterable[_Bracket], scratch: Scratch) -> None:
+    """One pass."""
     for start, stop in spans(size, BLOCK_ELEMENTS):
         values = read(start, stop)
         for bracket in brackets:
             bracket.gather(values, start, scratch)
-    found = [bracket.kth(k) for bracket, k in zip(brackets, ks, strict=True)]
-    return [_radix(read, size, k, scratch) if kth is None else kth for kth, k in zip(found, ks, strict=True)]
 
 
 def _kth(bits: Bits, places: Indices | None, k: int, *, num_above: int) -> Kth:
@@ -127,28 +155,28 @@ def _kth(bits: Bits, places: Indices | None, k: int, *, num_above: int) -> Kth:
     return Kth(int(kth), num_above + num_larger, len(equal), equal if places is None else places[equal])
 
 
-def _brackets(read: Read, size: int, ks: Sequence[int], scratch: Scratch) -> list[tuple[int, int]]:
-    """For each k two values that the answer lies between, nearly always."""
+def _sample(read: Read, size: int, scratch: Scratch) -> Bits:
+    """Magnitudes of some runs, sorted, in scratch "sample"."""
     num_runs = int(np.clip(size // _SAMPLE_SHARE, *_SAMPLE_RUNS))
     sample = scratch.take("sample", num_runs * _SAMPLE_ELEMENTS, np.int32)
     starts = np.linspace(0, size - _SAMPLE_ELEMENTS, num_runs).astype(np.int64)
     for run, start in zip(sample.reshape(num_runs, -1), starts.tolist(), strict=True):
         np.bitwise_and(read(start, start + _SAMPLE_ELEMENTS).view(np.int32), MAGNITUDE, out=run)
-    ends = [_ends(len(sample), k / size) for k in ks]
-    last = len(sample) - 1
-    sample.partition(sorted({min(max(0, end), last) for pair in ends for end in pair}))
-    return [
-        (int(sample[low]) if low > 0 else 0, max(1, int(sample[high])) if high < last else int(MAGNITUDE))
-        for low, high in ends
-    ]
+    sample.sort()
+    return sample
 
 
-def _ends(num_sampled: int, share: float) -> tuple[int, int]:
-    """Between which places of the sorted sample the answer lies."""
-    middle = num_sampled * (1 - share)
-    # The sample is of whole runs, whose elements are alike: allow for fewer independent ones than there are.
-    spread = _MARGIN * np.sqrt(num_sampled * share * (1 - share)) + 16
-    return int(middle - spread), int(middle + spread)
+def _bracket(sample: Bits, size: int, k: int, margin: float) -> _Bracket:
+    """What holds the k-th largest of ``size`` unless that is off by more standard deviations of the sample."""
+    share, last = k / size, len(sample) - 1
+    middle = len(sample) * (1 - share)
+    spread = margin * math.sqrt(len(sample) * share * (1 - share)) + 16
+    low, high = int(middle - spread), int(middle + spread)
+    return _Bracket(
+        int(sample[low]) if low > 0 else 0,
+        max(1, int(sample[high])) if high < last else int(MAGNITUDE),
+        size,
+    )
 
 
 def _blocks(read: Read, size: int, scratch: Scratch) -> Iterator[tuple[int, Bits]]:

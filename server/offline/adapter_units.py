@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import scipy.linalg
 import torch
 
 from weft.common.modules import LORA_A, LORA_B, Schema, TensorSpec
@@ -33,7 +34,7 @@ from weft.server.merge import lora
 from weft.server.merge.crew import Crew
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import LoraSpace
-from weft.server.merge.tiles import Arrays, Float32, Sink, Tiles
+from weft.server.merge.tiles import OWN, Arrays, Float32, Sink, Tiles
 from weft.server.offline.inputs import PREFIX, Adapter, Layer
 from weft.server.offline.recipe import Choice
 from weft.server.offline.sources import Movement, Weights, Zeros, is_finite, not_finite
@@ -45,7 +46,7 @@ from weft.server.offline.units import (
     merge_coordinates,
 )
 
-_BLOCK_ELEMENTS: Final = 1 << 16
+_BLOCK_ELEMENTS: Final = 1 << 15
 """ΔW is formed in blocks of rows of about this size, always the same: products depend on the shape by a bit."""
 _SEPARATE: Final = 1e-7
 """Singular values below this share of the largest are what the Gram matrix lost to rounding."""
@@ -192,25 +193,33 @@ class _Dense:
         factors = part.factors(torch.device("cpu"))
         self._B_or, self._A_ri = factors.B_or.float(), factors.A_ri.float()
         self._rows = max(1, _BLOCK_ELEMENTS // self._A_ri.shape[1])
-        self._local = threading.local()
+        self._edges = threading.local()
 
     def tile(self, _name: str, start: int, stop: int) -> Float32:
-        """Elements ``start:stop`` of ΔW in C order, float32 [stop − start]."""
-        length = self._rows * self._A_ri.shape[1]
-        tile = np.empty(stop - start, np.float32)
+        """Elements ``start:stop`` of ΔW in C order, float32 [stop − start]; the next of any takes its place."""
+        width = self._A_ri.shape[1]
+        length, size = self._rows * width, len(self._B_or) * width
+        tile = OWN.scratch.take("dense", stop - start, np.float32)
         for block in range(start // length, -(-stop // length)):
-            values = self._block(block)
-            first, last = max(start, block * length), min(stop, block * length + len(values))
-            tile[first - start : last - start] = values[first - block * length : last - block * length]
+            begin, end = block * length, min((block + 1) * length, size)
+            first, last = max(start, begin), min(stop, end)
+            part = tile[first - start : last - start]
+            if (first, last) == (begin, end):
+                torch.mm(self._rows_of(block), self._A_ri, out=torch.from_numpy(part).view(-1, width))
+            else:
+                part[:] = self._edge(block)[first - begin : last - begin]
         return tile
 
-    def _block(self, block: int) -> Float32:
-        if getattr(self._local, "block", None) != block:
-            rows = self._B_or[block * self._rows : (block + 1) * self._rows]
-            self._local.values = (rows @ self._A_ri).reshape(-1).numpy()
-            self._local.block = block
-        values: Float32 = self._local.values
+    def _edge(self, block: int) -> Float32:
+        """A block of which tiles take parts; whole ones too are computed as one, so that all round alike."""
+        if getattr(self._edges, "block", None) != block:
+            self._edges.values = torch.mm(self._rows_of(block), self._A_ri).view(-1).numpy()
+            self._edges.block = block
+        values: Float32 = self._edges.values
         return values
+
+    def _rows_of(self, block: int) -> torch.Tensor:
+        return self._B_or[block * self._rows : (block + 1) * self._rows]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,15 +288,15 @@ class DenseLayer:
 def truncate(delta_oi: torch.Tensor, rank: int) -> tuple[lora.Factors, Loss]:
     """The best factors of a rank of a dense matrix (Eckart-Young), as long as each other.
 
-    From the eigenvectors of the smaller Gram matrix, in float64: a fraction of the cost of an SVD, and as
-    exact for what is kept, the largest.
+    From the largest eigenvectors of the smaller Gram matrix, in float64: a fraction of the cost of an SVD, and
+    as exact for what is kept.
     """
     wide = delta_oi.shape[0] <= delta_oi.shape[1]
     short_sl = delta_oi.double() if wide else delta_oi.double().T
-    squares, vectors_ss = torch.linalg.eigh(short_sl @ short_sl.T)
-    total = float(squares.clamp(min=0).sum())
-    kept_k = squares[-rank:].flip(0).clamp(min=0)
-    left_sk = vectors_ss[:, -rank:].flip(1)
+    gram_ss = short_sl @ short_sl.T
+    total = float(gram_ss.trace())
+    squares_k, vectors_sk = _largest(gram_ss, rank)
+    kept_k, left_sk = squares_k.flip(0).clamp(min=0), vectors_sk.flip(1)
     lengths_k = kept_k.sqrt()
     used_k = lengths_k > _SEPARATE * lengths_k[0]
     roots_k = torch.where(used_k, lengths_k.sqrt(), 1.0)
@@ -295,6 +304,18 @@ def truncate(delta_oi: torch.Tensor, rank: int) -> tuple[lora.Factors, Loss]:
     left_sk = torch.where(used_k, left_sk * roots_k, 0.0)
     factors = lora.Factors(left_sk, right_kl) if wide else lora.Factors(right_kl.T, left_sk.T)
     return factors, Loss(max(0.0, total - float(kept_k.sum())), total)
+
+
+def _largest(gram_ss: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest eigenvalues, ascending, and their vectors."""
+    if gram_ss.is_cuda:  # torch finds all or none
+        squares, vectors_ss = torch.linalg.eigh(gram_ss)
+        return squares[-count:], vectors_ss[:, -count:]
+    s = len(gram_ss)
+    squares, vectors = scipy.linalg.eigh(
+        gram_ss.numpy(), subset_by_index=(s - count, s - 1), overwrite_a=True, check_finite=False
+    )
+    return torch.from_numpy(squares), torch.from_numpy(vectors)
 
 
 # -- factors, coordinate by coordinate ---------------------------------------------------------------------

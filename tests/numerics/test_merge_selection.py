@@ -12,7 +12,7 @@ from weft.server.merge import selection
 from weft.server.merge.selection import Kth, index_of_equal, kths_largest
 from weft.server.merge.settings import Trim
 from weft.server.merge.statistics import Cut, find_cut
-from weft.server.merge.tiles import Float32, Scratch
+from weft.server.merge.tiles import Bits, Float32, Scratch
 
 SIZE = 2 * selection.BLOCK_ELEMENTS + 77
 
@@ -91,21 +91,46 @@ def test_counting_digit_by_digit_finds_the_same(kind: str, k: int) -> None:
 
 def test_a_bracket_that_misses_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     values = tensor("normal")
-    monkeypatch.setattr(selection, "_brackets", lambda *_: [(np.int32(1), np.int32(2))])
+    monkeypatch.setattr(selection, "_bracket", lambda *_: selection._Bracket(1, 2, SIZE))
     (found,) = kths_largest(reader(values), SIZE, [SIZE // 5], Scratch())
     assert found == reference(values, SIZE // 5)
     assert found.equal is None
+
+
+@pytest.mark.parametrize("k", [1, SIZE // 100, SIZE // 5, SIZE // 2, SIZE])
+@pytest.mark.parametrize("off", [-0.01, 0.01])
+def test_where_the_sample_misled_one_more_pass_looks_on_the_right_side(
+    monkeypatch: pytest.MonkeyPatch, k: int, off: float
+) -> None:
+    values, num_read = tensor("normal"), 0
+    sampled = selection._bracket
+
+    def misled(sample: Bits, size: int, k: int, margin: float) -> selection._Bracket:
+        wrong = min(max(1, k + int(off * size)), size) if margin == selection._MARGIN else k
+        return sampled(sample, size, wrong, margin)
+
+    def counted(start: int, stop: int) -> Float32:
+        nonlocal num_read
+        num_read += stop - start
+        return values[start:stop]
+
+    monkeypatch.setattr(selection, "_bracket", misled)
+    (found,) = kths_largest(counted, SIZE, [k], Scratch())
+    assert found == reference(values, k)
+    assert found.bits == 0 or found.equal is not None
+    assert num_read <= 2 * SIZE + SIZE // 8
 
 
 def test_what_a_wide_bracket_holds_is_not_all_held(monkeypatch: pytest.MonkeyPatch) -> None:
     values = tensor("normal")
-    monkeypatch.setattr(selection, "_brackets", lambda *_: [(np.int32(0), selection.MAGNITUDE)])
+    everything = selection._Bracket(0, int(selection.MAGNITUDE), SIZE)
+    monkeypatch.setattr(selection, "_bracket", lambda *_: everything)
     (found,) = kths_largest(reader(values), SIZE, [SIZE // 5], Scratch())
     assert found == reference(values, SIZE // 5)
     assert found.equal is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=st.lists(st.integers(-5, 5), min_size=1, max_size=30), data=st.data())
 def test_small_tensors(values: list[int], data: st.DataObject) -> None:
     row = np.array(values, np.float32)
