@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,12 @@ def answer_of(*, blobs: dict[Digest, bytes] | None = None, kept: str = "", **req
 
 @pytest.fixture
 def federation() -> Iterator[Federation]:
-    site = Site(memory_directory())
+    directory = memory_directory()
+    site = Site(directory)
     site.add_run(run_file())
     yield Federation(site)
     site.crash()
+    shutil.rmtree(directory)
 
 
 def test_nodes_train_a_round_by_messages(federation: Federation) -> None:
