@@ -4,9 +4,9 @@
 
 Speed: bytes of updates merged per second, beside one arithmetic pass over the same bytes from memory (a
 float32 sum on as many threads as there are processes) and beside ``peft.utils.merge_utils`` tensor by tensor; with
-clipping, as in a round, and without, as offline. Sparse: 64 ternary updates, decoded from their files and merged,
-beside one read of those files. Memory: peak allocation of the merge itself in one process at 2, 8 and 64 updates,
-inputs and result excluded. Weights are random.
+clipping, as in a round, where norms were measured as updates arrived, and without, as offline. Sparse: 64 ternary
+updates, decoded from their files and merged, beside one read of those files. Memory: peak allocation of the merge
+itself in one process at 2, 8 and 64 updates, inputs and result excluded. Weights are random.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import math
 import os
 import platform
 import tempfile
@@ -28,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from weft.common.codec import CodecKind, CodecSettings, UpdateFile, encode_update
+from weft.common.codec import CodecKind, CodecSettings, UpdateFile, encode_update, screen_update
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge.crew import ALONE, Crew, run_forked
 from weft.server.merge.engine import merge_module
@@ -43,6 +44,7 @@ from weft.server.merge.settings import (
 from weft.server.merge.tiles import WORKING_ELEMENTS, Arrays, ArrayUpdate, Float32, Indices, Update, spans
 from weft.server.outer import OuterSettings
 
+TERNARY = CodecSettings(kind=CodecKind.TERNARY, density=0.05)
 PEFT_TIES = TiesParameters(convention=TiesConvention.PEFT)
 CASES = {
     "mean, unclipped": MergeSettings(lora=LoraSpace.FACTORS, clip=Clip.NONE),
@@ -87,10 +89,15 @@ def updates_of(schema: Schema, count: int, rng: np.random.Generator) -> list[Arr
     fisher = random_arrays(schema, rng)
     for array in fisher.arrays.values():
         np.square(array, out=array)
+    all_deltas = [random_arrays(schema, rng) for _ in range(count)]
     return [
-        ArrayUpdate(worker_id=f"{n:02d}", deltas=random_arrays(schema, rng), fisher=fisher)
-        for n in range(count)
+        ArrayUpdate(worker_id=f"{n:02d}", deltas=deltas, fisher=fisher, norm=norm_of(deltas))
+        for n, deltas in enumerate(all_deltas)
     ]
+
+
+def norm_of(deltas: Arrays) -> float:
+    return math.sqrt(sum(float(np.vdot(array, array)) for array in deltas.arrays.values()))
 
 
 def best_s(action: Callable[[], object]) -> float:
@@ -188,10 +195,10 @@ class FileUpdate:
 
     worker_id: str
     file: UpdateFile
+    norm: float
     task_id: str = ""
     weight: float = 1.0
     rank: int | None = None
-    norm: float | None = None
     sparse: bool = True
 
     def tile(self, name: str, start: int, stop: int) -> Float32:
@@ -217,14 +224,18 @@ def sparse_rows(count: int, threads: int) -> list[str]:
         paths = [Path(directory) / str(number) for number in range(4)]
         for number, path in enumerate(paths):
             arrays = random_arrays(schema, np.random.default_rng(number)).arrays
-            encode_update(path, schema, arrays, CodecSettings(kind=CodecKind.TERNARY, density=0.05))
+            encode_update(path, schema, arrays, TERNARY)
+        norms = [
+            screen_update(path, schema, [TERNARY], wants_fisher=False, size_bytes_max=10**8).norm
+            for path in paths
+        ]
         megabytes = sum(paths[n % 4].stat().st_size for n in range(count)) / 1e6
         read_s = best_s(lambda: [paths[n % 4].read_bytes() for n in range(count)])
         rows.append(f"| read the files, {megabytes:.0f} MB | {read_s:.3f} | {1e3 * read_s / count:.2f} | |")
 
         def updates() -> list[FileUpdate]:
             files = [stack.enter_context(UpdateFile(paths[n % 4], schema)) for n in range(count)]
-            return [FileUpdate(f"{n:02d}", file) for n, file in enumerate(files)]
+            return [FileUpdate(f"{n:02d}", file, norms[n % 4]) for n, file in enumerate(files)]
 
         def decode(updates: Sequence[FileUpdate]) -> None:
             tiles = [(spec.name, *span) for spec in schema.tensors for span in spans(spec.size, 1 << 16)]
