@@ -65,18 +65,16 @@ class Cut:
 
     def stretches(self, start: int, stop: int) -> list[Stretch]:
         """Elements ``start:stop`` of the tensor, cut where the bounds of what is kept change."""
-        edges = {0, stop - start}
-        edges |= {
-            min(max(0, cut.last_index + 1 - start), stop - start) for cut in (self, self.outliers) if cut
-        }
-        ordered = sorted(edges)
+        cuts = (self,) if self.outliers is None else (self, self.outliers)
+        inside = {cut.last_index + 1 - start for cut in cuts if start <= cut.last_index < stop - 1}
+        edges = sorted({0, *inside, stop - start}) if inside else [0, stop - start]
         return [
             Stretch(
                 slice(first, last),
                 self._largest_dropped(start + first),
                 _EVERYTHING[1] if self.outliers is None else self.outliers._largest_dropped(start + first),
             )
-            for first, last in itertools.pairwise(ordered)
+            for first, last in itertools.pairwise(edges)
         ]
 
     def _largest_dropped(self, index: int) -> np.float32:

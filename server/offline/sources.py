@@ -21,7 +21,7 @@ from weft.common.errors import TensorFileError
 from weft.common.modules import TensorSpec
 from weft.common.tensors import FOREIGN, TensorFile, float8_to_float32
 from weft.server.merge.selection import BLOCK_ELEMENTS
-from weft.server.merge.tiles import OWN, Float32, Tiles, Update, aligned
+from weft.server.merge.tiles import OWN, Float32, Scratch, Tiles, Update, aligned
 
 FLOAT8: Final = frozenset({"F8_E4M3", "F8_E5M2"})
 """What is too coarse to store results in."""
@@ -108,10 +108,17 @@ class Recent:
         span = (name, start, stop)
         if getattr(self._local, "span", None) != span:
             values = self._tiles.tile(*span)
-            self._local.values = values.copy() if values.flags.writeable else values
+            self._local.values = self._kept(values) if values.flags.writeable else values
             self._local.span = span
         held: Float32 = self._local.values
         return held
+
+    def _kept(self, values: Float32) -> Float32:
+        """A copy in a place that is used again."""
+        place: Scratch = self._local.__dict__.setdefault("scratch", Scratch())
+        kept = place.take("tile", len(values), np.float32)
+        np.copyto(kept, values)
+        return kept
 
 
 class Movement:
