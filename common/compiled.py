@@ -22,13 +22,3 @@ def compiled(loop: Callable[P, R]) -> Callable[P, R]:
     except RuntimeError:  # neither beside the code nor under the home directory is a place to keep it
         made = njit(nogil=True)(loop)
     return cast("Callable[P, R]", made)
-
-
-@compiled
-def _nothing() -> None:
-    """Do nothing."""
-
-
-def load() -> None:
-    """Load what the first loop waits for, a quarter of a second: forks that are made later have it."""
-    _nothing()

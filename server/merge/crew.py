@@ -26,7 +26,6 @@ from typing import Any, Final, Protocol, TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
-from weft.common import compiled
 from weft.common.errors import EngineFailed, WeftError
 
 J = TypeVar("J")
@@ -162,7 +161,6 @@ def run_forked(size: int, program: Callable[[Forked], R]) -> R:
     Raises:
         EngineFailed: One of the processes was killed.
     """
-    compiled.load()
     with tempfile.TemporaryFile() as tickets, one_thread_each(), contextlib.ExitStack() as ending:
         crew = Forked(rank=0, size=size, tickets=tickets.fileno(), pipes=())
         forks: list[Connection] = []
