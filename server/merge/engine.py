@@ -26,7 +26,7 @@ from weft.common.modules import Schema, TensorSpec
 from weft.server.merge import lora, nested, rescale
 from weft.server.merge.crew import ALONE, Crew, Threads
 from weft.server.merge.movements import Contributor, Movements
-from weft.server.merge.rule import Merged, MergeRule, Scope
+from weft.server.merge.rule import Merged, MergeRule, Otherwise, Scope
 from weft.server.merge.rules import RULES
 from weft.server.merge.selection import BLOCK_ELEMENTS
 from weft.server.merge.settings import Clip, LoraSpace, MergeSettings, Rescale, RuleParameters
@@ -149,19 +149,29 @@ class _Round:
         """The merged movement of a tile."""
         return self.combine(tile, factors_W, lambda part: self.rule.merge(part, survey, self.parameters))
 
-    def survey_tile(self, tile: Tile, factors_W: Float64) -> tuple[int, bool]:
-        """Count in a tile and write it as if the sum of all counts were positive; say whether that matters."""
-        survey, counts, mattering = self.rule.survey, [], []
+    def survey_tile(self, tile: Tile, factors_W: Float64) -> tuple[int, Otherwise | None]:
+        """Count in a tile and write it as if the sum of all counts were positive; say where that matters."""
+        survey, counts, others = self.rule.survey, list[int](), list[Otherwise]()
         assert survey is not None  # noqa: S101
 
         def count(part: Movements) -> Merged:
-            found, merged_T, matters = survey(part, self.parameters)
+            found, merged_T, otherwise = survey(part, self.parameters)
             counts.append(found)
-            mattering.append(matters)
+            if otherwise is not None:
+                others.append(otherwise if part.elements is None else Otherwise())
             return merged_T
 
         self.write(tile, self.combine(tile, factors_W, count))
-        return sum(counts), any(mattering)
+        return sum(counts), others[0] if others else None
+
+    def rewrite(self, tile: Tile, otherwise: Otherwise) -> None:
+        """Write the elements of a tile that are others than the survey took them for."""
+        assert otherwise.elements is not None  # noqa: S101
+        assert otherwise.values is not None  # noqa: S101
+        spec, start, _ = tile
+        for index, place in enumerate(otherwise.elements.tolist()):
+            value = otherwise.values[index : index + 1]
+            self.write((spec, start + place, start + place + 1), _Movement(value, None))
 
     def write(self, tile: Tile, moved: _Movement) -> None:
         """Write a tile of the next version, and of the next outer state."""
@@ -546,9 +556,12 @@ def _survey(
         return 0, tiles
     done = _map(crew, tiles, lambda tile: round_.survey_tile(tile, factors[tile[0].name]), _length)
     total = sum(count for count, _ in done)
-    # They were written as if it were positive.
-    again = () if total > 0 else zip(tiles, done, strict=True)
-    return total, [tile for tile, (_, matters) in again if matters]
+    if total > 0:  # they were written as if it were
+        return total, []
+    others = [(tile, other) for tile, (_, other) in zip(tiles, done, strict=True) if other is not None]
+    few = [(tile, other) for tile, other in others if other.elements is not None]
+    crew.map(lambda job: round_.rewrite(*job), few)
+    return total, [tile for tile, other in others if other.elements is None]
 
 
 def _factors(

@@ -13,7 +13,7 @@ from typing import Generic, TypeAlias, TypeVar
 from weft.server.merge.movements import Movements
 from weft.server.merge.settings import LoraSpace, MergeRuleName, RuleParameters
 from weft.server.merge.spaces import spaces_of
-from weft.server.merge.tiles import Float32, Float64
+from weft.server.merge.tiles import Float32, Float64, Indices
 from weft.server.merge.whole import WholeRule
 
 Grams: TypeAlias = Mapping[str, Float64]
@@ -34,6 +34,16 @@ class Scope(enum.Enum):
     """The same, of matrices, and LoRA as ΔW; other tensors as tiles."""
 
 
+@dataclass(frozen=True, slots=True)
+class Otherwise:
+    """Where a tile's movement is another if the sum of the survey is not positive."""
+
+    elements: Indices | None = None
+    """Places in the tile; None: they are many, and the tile is better merged again."""
+    values: Merged | None = None
+    """What the movement is there, of the same length."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRule(Generic[P]):
     """One row of ``RULES``."""
@@ -50,9 +60,9 @@ class MergeRule(Generic[P]):
     """Where it is not a tile, ``merge`` is for the tensors that do not have to be seen whole."""
     whole: WholeRule | None = None
     """(a tensor of every update, parameters) → the merged movement of all of it; where the scope is not a tile."""
-    survey: Callable[[Movements, P], tuple[int, Merged, bool]] | None = None
+    survey: Callable[[Movements, P], tuple[int, Merged, Otherwise | None]] | None = None
     """If the parameters say so: (a tile, parameters) → a whole number, added up over the module; the movement
-    merged as if the sum were positive; and whether it would be another if it is not."""
+    merged as if the sum were positive; and what it would be if it is not, where that is something else."""
     linear: Callable[[int, P], float] | None = None
     """(updates, parameters) → what the weighted mean is multiplied by, for rules that are nothing else: they
     alone can merge LoRA as ΔW. Others would need a dense ΔW."""

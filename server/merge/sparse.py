@@ -15,7 +15,7 @@ from weft.common.modules import TensorSpec
 from weft.server.merge import loops, masks
 from weft.server.merge.linear import scaled_mean, weighted_mean
 from weft.server.merge.movements import Contributor, Movements, Row, Thin
-from weft.server.merge.rule import MergeRule, Scope
+from weft.server.merge.rule import MergeRule, Otherwise, Scope
 from weft.server.merge.settings import (
     BreadcrumbsParameters,
     DareParameters,
@@ -30,6 +30,8 @@ from weft.server.merge.tiles import Bytes, Counts, Float32, Scratch
 from weft.server.merge.whole import pcb
 
 _UINT8_MAX: Final = 255
+_TIES_HELD: Final = 16
+"""Of a tile: to write them one by one costs less than to merge all of it again."""
 
 
 @dataclass(slots=True)
@@ -165,15 +167,28 @@ def _weighted(movements: Movements, elected_T: Bytes, *, by_weight: bool) -> tup
     return total_T, shares_T
 
 
-def sign_balance(movements: Movements, parameters: TiesParameters) -> tuple[int, Float32, bool]:
+def sign_balance(movements: Movements, parameters: TiesParameters) -> tuple[int, Float32, Otherwise | None]:
     """Coordinates of positive mass less those of negative mass: its sign is the module's majority sign.
 
-    It matters only where masses tie, which they hardly do but for those of bfloat16.
+    It matters only where masses tie, which they hardly do but for those of bfloat16 and of codes.
     """
     sums = _signed_sums(movements)
     num_above, num_zero, num_tied = loops.balance(sums.positive, sums.negative, sums.num_positive)
+    otherwise = _if_negative(movements, sums, parameters, num_tied) if num_tied else None
     merged_T = elect(movements, sums, parameters, tie_is_positive=True)
-    return 2 * num_above + num_zero - movements.size, merged_T, num_tied > 0
+    return 2 * num_above + num_zero - movements.size, merged_T, otherwise
+
+
+def _if_negative(
+    movements: Movements, sums: SignedSums, parameters: TiesParameters, num_tied: int
+) -> Otherwise:
+    """What is merged where masses tie, and are not of zeros alone, if ties are negative."""
+    if (
+        num_tied > _TIES_HELD or len(set(movements.weights.tolist())) > 1
+    ):  # updates would be read again anyway
+        return Otherwise()
+    places = np.flatnonzero((sums.positive + sums.negative == 0) & (sums.num_positive > 0))
+    return Otherwise(places, elect(movements, sums, parameters, tie_is_positive=False)[places])
 
 
 def sign_majority(movements: Movements, _survey: int, _parameters: RuleParameters) -> Float32:
@@ -211,7 +226,9 @@ def dare_ties(movements: Movements, survey: int, parameters: DareTiesParameters)
     return ties(thinned, survey, parameters.election)
 
 
-def dare_balance(movements: Movements, parameters: DareTiesParameters) -> tuple[int, Float32, bool]:
+def dare_balance(
+    movements: Movements, parameters: DareTiesParameters
+) -> tuple[int, Float32, Otherwise | None]:
     """``sign_balance`` of what chance leaves."""
     return sign_balance(
         dataclasses.replace(movements, thin=_dare(parameters, movements.scratch)), parameters.election

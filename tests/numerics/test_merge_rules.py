@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from weft.common.errors import EngineFailed, RunFileError
 from weft.common.modules import Schema, TensorSpec
 from weft.common.settings import from_table, to_table
-from weft.server.merge import masks
+from weft.server.merge import masks, sparse
 from weft.server.merge.crew import Threads
 from weft.server.merge.engine import MergeReport, merge_module
 from weft.server.merge.rules import RULES
@@ -177,6 +177,31 @@ def test_ties_of_mergekit_elects_by_weight(weights: list[float]) -> None:
     ties = TiesParameters(convention=TiesConvention.MERGEKIT, density=0.5)
     merged, _ = merge(updates, FULL, rule(MergeRuleName.TIES, ties))
     close(merged["weight"], reference_mergekit_ties(rows_of(updates), normal(weights), 0.5))
+
+
+@pytest.mark.parametrize("held", [0, 2, 16])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("weights", [[1.0] * 4, [2.0, 2.0, 1.0, 1.0]], ids=["equal", "weighted"])
+def test_ties_of_masses_take_the_majority_sign_of_the_module(
+    monkeypatch: pytest.MonkeyPatch, held: int, sign: int, weights: list[float]
+) -> None:
+    """However many a tile has: they are written one by one, or the tile is merged again."""
+    monkeypatch.setattr(sparse, "_TIES_HELD", held)
+    rng, tied = np.random.default_rng(7), [3, 4, 130, 131, 132, 133, 499]
+    rows = rng.standard_normal((4, 500)).astype(np.float32) + np.float32(sign / 2)
+    rows[:, tied] = np.array([[1], [-1], [2], [-2]], np.float32)
+    updates = [
+        ArrayUpdate(worker_id=f"w{n}", weight=weight, deltas=Arrays({"v": row}))
+        for n, (row, weight) in enumerate(zip(rows, weights, strict=True))
+    ]
+    schema = Schema((TensorSpec("v", "F32", (500,)),))
+    chosen = rule(MergeRuleName.TIES, TiesParameters(density=1))
+    one_by_one, _ = merge(updates, schema, chosen, tile_elements=1)
+    agreeing = (rows[:, tied] * sign > 0) * np.array(weights)[:, np.newaxis]
+    close(one_by_one["v"][tied], np.average(rows[:, tied], axis=0, weights=agreeing))
+    for tile_elements in (50, 128, 500):
+        merged, _ = merge(updates, schema, chosen, tile_elements=tile_elements)
+        np.testing.assert_array_equal(merged["v"], one_by_one["v"])
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], WEIGHTS])
