@@ -60,6 +60,8 @@ def run_all(todo: Sequence[Job], folder: Path, *, processes: int) -> Results:
             print(
                 f"{number}/{len(todo)} {known['arm']} seed {known['seed']}: {known['loss']:.4f}", flush=True
             )
+        pool.close()  # else they are killed, and what they hold is said to leak
+        pool.join()
     return found
 
 
