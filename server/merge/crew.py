@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from typing import Any, Final, Protocol, TypeVar
 
+import scipy.linalg  # noqa: F401 - has a pool of its own, which is to be known before pools are counted
 import torch
 from threadpoolctl import ThreadpoolController
 
@@ -83,7 +84,7 @@ def one_thread_each() -> Iterator[None]:
 
 @functools.cache
 def _thread_pools() -> ThreadpoolController:
-    """Those of the libraries that are loaded when it is first asked for."""
+    """Of numpy's and scipy's linear algebra."""
     return ThreadpoolController()
 
 

@@ -158,20 +158,18 @@ class _Round:
             found, merged_T, otherwise = survey(part, self.parameters)
             counts.append(found)
             if otherwise is not None:
-                others.append(otherwise if part.elements is None else Otherwise())
+                others.append(otherwise if part.elements is None else Otherwise(None))
             return merged_T
 
         self.write(tile, self.combine(tile, factors_W, count))
         return sum(counts), others[0] if others else None
 
-    def rewrite(self, tile: Tile, otherwise: Otherwise) -> None:
-        """Write the elements of a tile that are others than the survey took them for."""
-        assert otherwise.elements is not None  # noqa: S101
-        assert otherwise.values is not None  # noqa: S101
+    def rewrite(self, tile: Tile, changes: Mapping[int, float]) -> None:
+        """Write single elements of a tile again, with another movement."""
         spec, start, _ = tile
-        for index, place in enumerate(otherwise.elements.tolist()):
-            value = otherwise.values[index : index + 1]
-            self.write((spec, start + place, start + place + 1), _Movement(value, None))
+        for place, value in changes.items():
+            moved = _Movement(np.array([value], np.float32), None)
+            self.write((spec, start + place, start + place + 1), moved)
 
     def write(self, tile: Tile, moved: _Movement) -> None:
         """Write a tile of the next version, and of the next outer state."""
@@ -559,9 +557,9 @@ def _survey(
     if total > 0:  # they were written as if it were
         return total, []
     others = [(tile, other) for tile, (_, other) in zip(tiles, done, strict=True) if other is not None]
-    few = [(tile, other) for tile, other in others if other.elements is not None]
+    few = [(tile, other.changes) for tile, other in others if other.changes is not None]
     crew.map(lambda job: round_.rewrite(*job), few)
-    return total, [tile for tile, other in others if other.elements is None]
+    return total, [tile for tile, other in others if other.changes is None]
 
 
 def _factors(

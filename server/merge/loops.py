@@ -60,11 +60,18 @@ def gather(
 
 
 @compiled
+def _is_cut(value: np.float32, dropped: np.float32, upto: np.float32) -> np.bool_:
+    """Whether the cut drops a value."""
+    magnitude = abs(value)
+    return (magnitude <= dropped) | (magnitude > upto)
+
+
+@compiled
 def trim(values: Float32, dropped: np.float32, upto: np.float32, out: Float32) -> None:
     """Write what the cut keeps, [T]."""
     for index in range(len(values)):
         value = values[index]
-        cut = (abs(value) <= dropped) | (abs(value) > upto)
+        cut = _is_cut(value, dropped, upto)
         out[index] = np.float32(0) if cut else value
 
 
@@ -73,7 +80,7 @@ def add(values: Float32, dropped: np.float32, upto: np.float32, factor: np.float
     """Add ``factor`` times what the cut keeps to ``total`` [T]."""
     for index in range(len(values)):
         value = values[index]
-        cut = (abs(value) <= dropped) | (abs(value) > upto)
+        cut = _is_cut(value, dropped, upto)
         total[index] += np.float32(0) if cut else value * factor
 
 
@@ -101,7 +108,7 @@ def add_signed(
     """
     for index in range(len(values)):
         value = values[index]
-        cut = (abs(value) <= dropped) | (abs(value) > upto)
+        cut = _is_cut(value, dropped, upto)
         value = np.float32(0) if cut else value * factor
         positive[index] += np.float32(0) if value < 0 else value
         negative[index] += np.float32(0) if value > 0 else value
@@ -143,8 +150,8 @@ def add_agreeing(
     """Add ``factor`` times what the cut keeps where it has the elected sign, 1 for +, and ``share`` to another; [T]."""
     for index in range(len(values)):
         value = values[index]
-        kept = (abs(value) > dropped) & (abs(value) <= upto)
-        agrees = kept & (value > 0 if elected[index] else value < 0)
+        cut = _is_cut(value, dropped, upto)
+        agrees = (value > 0 if elected[index] else value < 0) & (not cut)
         total[index] += value * factor if agrees else np.float32(0)
         shares[index] += share if agrees else np.float32(0)
 

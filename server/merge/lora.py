@@ -178,7 +178,7 @@ def combined_square_sum(
     scaled = [each.B_or * coefficient_r for each, coefficient_r in zip(movements, coefficients, strict=True)]
     left_on = torch.cat([start.B_or, *scaled], dim=1)
     right_ni = torch.cat([moved_ri, *(_trained(start, each).A_ri for each in movements)], dim=0)
-    return _square_sum(left_on, right_ni)
+    return product_square_sum(left_on, right_ni)
 
 
 def _trained(start: Factors, movement: Factors) -> Factors:
@@ -186,7 +186,8 @@ def _trained(start: Factors, movement: Factors) -> Factors:
     return Factors(start.B_or[:, :rank] + movement.B_or, start.A_ri[:rank] + movement.A_ri)
 
 
-def _square_sum(left_on: torch.Tensor, right_ni: torch.Tensor) -> float:
+def product_square_sum(left_on: torch.Tensor, right_ni: torch.Tensor) -> float:
+    """‖left @ right‖², without forming it."""
     return max(0.0, float(((left_on.T @ left_on) * (right_ni @ right_ni.T)).sum()))
 
 

@@ -122,6 +122,11 @@ class Movements:
         """T."""
         return self.stop - self.start if self.elements is None else len(self.elements)
 
+    @property
+    def weigh_alike(self) -> bool:
+        """Whether all updates count the same."""
+        return len(set(self.weights.tolist())) == 1
+
     def shared_factor(self) -> float | None:
         """The one factor that all rows have in a weighted sum; None where they differ."""
         factors = {w * each.clip for w, each in zip(self.weights.tolist(), self.contributors, strict=True)}

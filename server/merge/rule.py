@@ -13,7 +13,7 @@ from typing import Generic, TypeAlias, TypeVar
 from weft.server.merge.movements import Movements
 from weft.server.merge.settings import LoraSpace, MergeRuleName, RuleParameters
 from weft.server.merge.spaces import spaces_of
-from weft.server.merge.tiles import Float32, Float64, Indices
+from weft.server.merge.tiles import Float32, Float64
 from weft.server.merge.whole import WholeRule
 
 Grams: TypeAlias = Mapping[str, Float64]
@@ -38,10 +38,8 @@ class Scope(enum.Enum):
 class Otherwise:
     """Where a tile's movement is another if the sum of the survey is not positive."""
 
-    elements: Indices | None = None
-    """Places in the tile; None: they are many, and the tile is better merged again."""
-    values: Merged | None = None
-    """What the movement is there, of the same length."""
+    changes: Mapping[int, float] | None
+    """What it is there, float32, by place in the tile; None: too many, so that the tile has to be merged again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

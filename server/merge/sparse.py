@@ -110,8 +110,7 @@ def elect(
     """The average of what has the elected sign, or its weighted sum."""
     elected_T = _elected(movements, sums, parameters, tie_is_positive=tie_is_positive)
     convention, averages, scale = parameters.convention, parameters.average, parameters.scale
-    equal = len(set(movements.weights.tolist())) == 1
-    if equal:
+    if movements.weigh_alike:
         merged_T = movements.scratch.take("merged", movements.size, np.float32)
         scale32 = np.float32(scale if averages else scale / len(movements.contributors))
         by_sign = (sums.positive, sums.negative, sums.num_positive, sums.num_negative)
@@ -122,7 +121,7 @@ def elect(
         if averages:
             np.divide(merged_T, shares_T, out=merged_T)
         np.multiply(merged_T, np.float32(scale), out=merged_T)
-    if not equal or convention is TiesConvention.FREQUENCY:
+    if not movements.weigh_alike or convention is TiesConvention.FREQUENCY:
         # NaN agrees with nobody, and infinity may be outvoted: what is not finite has to show in the result.
         with np.errstate(invalid="ignore"):
             merged_T += (sums.positive + sums.negative) * np.float32(0)
@@ -134,10 +133,9 @@ def _elected(
 ) -> Bytes:
     """1 where the elected sign is +, [T]."""
     convention, elected_T = parameters.convention, movements.scratch.take("elected", movements.size, np.uint8)
-    equal = len(set(movements.weights.tolist())) == 1
     if convention is TiesConvention.FREQUENCY:
         np.greater_equal(sums.num_positive, sums.num_negative, out=elected_T.view(np.bool_))
-    elif convention is TiesConvention.MERGEKIT and not equal:
+    elif convention is TiesConvention.MERGEKIT and not movements.weigh_alike:
         np.greater_equal(weighted_mean(movements, 1.0), 0, out=elected_T.view(np.bool_))
     else:
         loops.elect(sums.positive, sums.negative, tie_is_positive, elected_T)
@@ -184,11 +182,12 @@ def _if_negative(
 ) -> Otherwise:
     """What is merged where masses tie, and are not of zeros alone, if ties are negative."""
     if (
-        num_tied > _TIES_HELD or len(set(movements.weights.tolist())) > 1
-    ):  # updates would be read again anyway
-        return Otherwise()
+        num_tied > _TIES_HELD or not movements.weigh_alike
+    ):  # else all updates would be read for a few elements
+        return Otherwise(None)
     places = np.flatnonzero((sums.positive + sums.negative == 0) & (sums.num_positive > 0))
-    return Otherwise(places, elect(movements, sums, parameters, tie_is_positive=False)[places])
+    merged = elect(movements, sums, parameters, tie_is_positive=False)[places]
+    return Otherwise(dict(zip(places.tolist(), merged.tolist(), strict=True)))
 
 
 def sign_majority(movements: Movements, _survey: int, _parameters: RuleParameters) -> Float32:

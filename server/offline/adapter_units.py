@@ -41,6 +41,7 @@ from weft.server.offline.sources import Movement, Weights, Zeros, is_finite, not
 from weft.server.offline.units import (
     Loss,
     Store,
+    Undivided,
     Unit,
     copy_start,
     merge_coordinates,
@@ -95,7 +96,7 @@ def coefficients(choice: Choice) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearLayer:
+class LinearLayer(Undivided):
     """One layer of Σ κ_i ΔW_i, recompressed to a rank or stacked."""
 
     name: str
@@ -125,15 +126,6 @@ class LinearLayer:
     def reads(self) -> tuple[tuple[str, Weights, str], ...]:
         """The factors."""
         return read_names(self.parts)
-
-    def sample(self, num_elements: int) -> Unit:
-        """All of it."""
-        return self
-
-    @property
-    def splits(self) -> bool:
-        """A layer is one job."""
-        return False
 
     def merge(self, store: Store, crew: Crew) -> Loss:
         """Write A and B of rank R."""
@@ -223,7 +215,7 @@ class _Dense:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseLayer:
+class DenseLayer(Undivided):
     """One layer: a rule on the ΔW of each adapter, then the best factors of a rank."""
 
     name: str
@@ -251,15 +243,6 @@ class DenseLayer:
     def reads(self) -> tuple[tuple[str, Weights, str], ...]:
         """The factors."""
         return read_names(self.parts)
-
-    def sample(self, num_elements: int) -> Unit:
-        """All of it."""
-        return self
-
-    @property
-    def splits(self) -> bool:
-        """A layer is one job."""
-        return False
 
     def merge(self, store: Store, crew: Crew) -> Loss:
         """Write A and B of rank R."""

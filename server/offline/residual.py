@@ -30,13 +30,13 @@ import torch
 from weft.common.errors import InputError, UsageError
 from weft.common.modules import TensorSpec
 from weft.server.merge.crew import Crew
-from weft.server.merge.lora import Factors
+from weft.server.merge.lora import Factors, product_square_sum
 from weft.server.offline.adapter_units import Part, coefficients, factor_names, read_names, write_factors
 from weft.server.offline.checkpoints import stored_spec
 from weft.server.offline.inputs import HEADS, PREFIX, Adapter, Checkpoint
 from weft.server.offline.recipe import Choice, Dtype
 from weft.server.offline.sources import FLOATS, Weights
-from weft.server.offline.units import Coordinates, Copied, Loss, Source, Store, Unit
+from weft.server.offline.units import Coordinates, Copied, Loss, Source, Store, Undivided, Unit
 
 _BLOCK_ELEMENTS: Final = 1 << 16
 """The base is read and written in blocks of rows of about this size, always the same."""
@@ -120,7 +120,7 @@ def kept_units(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResidualLayer:
+class ResidualLayer(Undivided):
     """One layer: the means of its factors, and its weight in the base with the residual."""
 
     name: str
@@ -153,15 +153,6 @@ class ResidualLayer:
         """The factors and the weight."""
         return (*read_names(self.parts), (self.base_label, self.base, weight_name(self.name)))
 
-    def sample(self, num_elements: int) -> Unit:
-        """All of it."""
-        return self
-
-    @property
-    def splits(self) -> bool:
-        """A layer is one job."""
-        return False
-
     def merge(self, store: Store, crew: Crew) -> Loss:
         """Write A, B and the weight; lost is what rounding the weight to its dtype lost."""
         kappas = coefficients(self.choice)
@@ -172,7 +163,9 @@ class ResidualLayer:
         mean = mean_factors(scaled, [abs(self.choice.weights[part.place]) for part in self.parts])
         write_factors(store, self.name, mean, self.rank)
         left_on, right_ni = self._residual(scaled, mean)
-        return Loss(self._fold(left_on, right_ni, store), _square_sum(scaled))
+        lefts, rights = [each.B_or for each in scaled], [each.A_ri for each in scaled]
+        total = product_square_sum(torch.cat(lefts, dim=1), torch.cat(rights))
+        return Loss(self._fold(left_on, right_ni, store), total)
 
     def _residual(self, scaled: Sequence[Factors], mean: Factors) -> tuple[torch.Tensor, torch.Tensor]:
         """ΔW_res as [o, n] and [n, i], of the mean factors as they are stored."""
@@ -229,12 +222,3 @@ def mean_factors(scaled: Sequence[Factors], weights: Sequence[float]) -> Factors
 def _rounded(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """As they are read again once they are stored, float64."""
     return values.float().to(_ROUNDED[dtype]).double()
-
-
-def _square_sum(scaled: Sequence[Factors]) -> float:
-    """‖Σ κ_i s_i B_i A_i‖²."""
-    left_on, right_ni = (
-        torch.cat([each.B_or for each in scaled], dim=1),
-        torch.cat([each.A_ri for each in scaled]),
-    )
-    return max(0.0, float(((left_on.T @ left_on) * (right_ni @ right_ni.T)).sum()))

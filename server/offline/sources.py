@@ -101,24 +101,28 @@ class Recent:
 
     def __init__(self, tiles: Tiles) -> None:
         self._tiles = tiles
-        self._local = threading.local()
+        self._held = _Held()
 
     def tile(self, name: str, start: int, stop: int) -> Float32:
         """Elements ``start:stop``, not to be written to."""
-        span = (name, start, stop)
-        if getattr(self._local, "span", None) != span:
+        held, span = self._held, (name, start, stop)
+        if held.span != span:
             values = self._tiles.tile(*span)
-            self._local.values = self._kept(values) if values.flags.writeable else values
-            self._local.span = span
-        held: Float32 = self._local.values
-        return held
+            if values.flags.writeable:  # others may come to lie there
+                kept = held.scratch.take("tile", len(values), np.float32)
+                np.copyto(kept, values)
+                values = kept
+            held.span, held.values = span, values
+        return held.values
 
-    def _kept(self, values: Float32) -> Float32:
-        """A copy in a place that is used again."""
-        place: Scratch = self._local.__dict__.setdefault("scratch", Scratch())
-        kept = place.take("tile", len(values), np.float32)
-        np.copyto(kept, values)
-        return kept
+
+class _Held(threading.local):
+    """The last tile of a thread."""
+
+    def __init__(self) -> None:
+        self.span: tuple[str, int, int] | None = None
+        self.values = np.empty(0, np.float32)
+        self.scratch = Scratch()
 
 
 class Movement:
@@ -214,7 +218,7 @@ def not_finite(label: str, name: str, start: int, values: Float32) -> TensorFile
 
 
 Thin: TypeAlias = Callable[[Float32, int], Float32]
-"""(elements of a tensor, the first one's index) → those that stay, zeros elsewhere; a new array."""
+"""(elements of a tensor, the first one's index) → those that stay, zeros elsewhere, wherever they lie."""
 
 
 class Thinned:

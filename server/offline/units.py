@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from weft.server.merge.masks import dropped, dropped_by_rank
 from weft.server.merge.rules import RULES
 from weft.server.merge.settings import Clip, Trim
 from weft.server.merge.statistics import Cut, find_cut
-from weft.server.merge.tiles import OWN, Float32, Scratch, Sink, Tiles, Update, spans
+from weft.server.merge.tiles import OWN, Float32, Sink, Tiles, Update, spans
 from weft.server.offline.recipe import Choice, Drop, Thinning
 from weft.server.offline.sources import (
     Movement,
@@ -90,6 +90,21 @@ class Unit(Protocol):
     def sample(self, num_elements: int) -> Unit:
         """A unit that merges a part of it, of about so many elements, to see how long it takes."""
         ...
+
+
+class Undivided:
+    """A unit that is one job, such as a layer of an adapter."""
+
+    __slots__ = ()
+
+    def sample(self, num_elements: int) -> Self:
+        """All of it."""
+        return self
+
+    @property
+    def splits(self) -> bool:
+        """No."""
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +266,11 @@ def _thinned(
 
 
 def _cut(update: Update, spec: TensorSpec, trim: Trim) -> Cut:
-    return find_cut(partial(update.tile, spec.name), spec.size, trim, Scratch())[0]
+    return find_cut(partial(update.tile, spec.name), spec.size, trim, OWN.scratch)[0]
 
 
 def _largest(cut: Cut) -> Thin:
-    # Scratch of its own each time: several threads read at once, and the engine may hold what it was given.
-    return lambda values, start: cut.apply(values, start, Scratch())
+    return lambda values, start: cut.apply(values, start, OWN.scratch)
 
 
 def _chance(update: Update, spec: TensorSpec, drop: Drop) -> Thin:
