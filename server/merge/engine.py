@@ -529,8 +529,8 @@ def _length(tile: Tile) -> int:
 
 def _tile_elements(round_: _Round, crew: Crew) -> int:
     if round_.rule.row_by_row:
-        # What an election keeps of each element fits a core's cache half as long, unless threads wait for the
-        # interpreter between tiles.
+        # What an election keeps of each element fits a core's cache where tiles are half as long; but threads wait
+        # for the interpreter between tiles.
         waits = isinstance(crew, Threads) and crew.size > 1
         return BLOCK_ELEMENTS if waits or round_.rule.survey is None else BLOCK_ELEMENTS // 2
     return max(1024, WORKING_ELEMENTS // len(round_.contributors))

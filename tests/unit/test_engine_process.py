@@ -1,11 +1,18 @@
-"""How the merge process uses its cores."""
+"""How the merge process uses its cores, and what it is told of updates."""
 
 from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.harness import SCHEMA as MODULE_SCHEMA
+from tests.harness import DeferredEngine, Site, fake_job, memory_directory, run_file
 
+from weft.common.codec import UpdateFile
 from weft.common.modules import Schema, TensorSpec
 from weft.server import engine_process
 from weft.server.merge.crew import Crew, Forked, Threads, can_fork
@@ -52,3 +59,34 @@ def test_a_large_merge_is_forked_and_a_small_one_is_not(monkeypatch: pytest.Monk
     assert seen == [Threads, Forked]
     assert any(small)
     assert large == small
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    directory = memory_directory()
+    made = Site(directory, job=fake_job, make_engine=DeferredEngine)
+    made.add_run(run_file(rounds="count = 1\nquorum = 2\ntarget = 2"))
+    yield made
+    made.crash()
+    shutil.rmtree(directory)
+
+
+def norm_in(path: Path) -> float:
+    with UpdateFile(path, MODULE_SCHEMA) as file:
+        tiles = [file.tile(spec.name, 0, spec.size) for spec in MODULE_SCHEMA.tensors]
+    return float(np.linalg.norm(np.concatenate(tiles).astype(np.float64)))
+
+
+def test_a_round_is_clipped_by_the_norms_that_were_measured_at_arrival(site: Site) -> None:
+    for worker in site.workers("a", "b"):
+        worker.work()
+    assert isinstance(site.engine, DeferredEngine)
+    ((job, _),) = site.engine.waiting
+    norms = {item["worker_id"]: norm_in(Path(item["path"])) for item in job["updates"]}
+    assert {item["worker_id"]: item["norm"] for item in job["updates"]} == pytest.approx(norms)
+    largest = max(job["updates"], key=lambda item: norms[item["worker_id"]])
+    found = engine_process.Jobs().run(job)["contributions"]
+    assert {each["worker_id"]: each["parameter_norm"] for each in found} == pytest.approx(norms)
+    largest["norm"] *= 1000  # as if it had been: nothing is measured again
+    again = {each["worker_id"]: each for each in engine_process.Jobs().run(job)["contributions"]}
+    assert again[largest["worker_id"]]["clip_factor"] < 0.002
