@@ -1,8 +1,9 @@
 """Who shares the jobs of a merge: threads of this process, or processes that were forked from it.
 
-Threads share memory and the interpreter's lock, which they wait for between the calls that a tile is made of: two take
-a fifth longer than two processes where those are few (TIES, means), and more elsewhere. Forked processes have a lock each. They all run the same program, down to each ``map``, where one
-takes the jobs that no other has taken and gets the results of all; nothing else is shared but open files.
+Threads share memory and the interpreter's lock, which they wait for between the calls that a tile is made of: two
+take a fifth longer than two processes where those are few (TIES, means), and more elsewhere. Forked processes have a
+lock each. They all run the same program, down to each ``map``, where one takes the jobs that no other has taken and
+gets the results of all; nothing else is shared but open files.
 """
 
 from __future__ import annotations
