@@ -35,7 +35,8 @@ from weft.common.errors import EngineFailed
 from weft.common.modules import Schema, TensorSpec
 from weft.server.flower.limits import FlowerSettings
 from weft.server.merge.crew import ALONE, Crew
-from weft.server.merge.engine import MergeReport, OuterState, measure_updates, merge_module
+from weft.server.merge.engine import MergeReport, OuterState, merge_module
+from weft.server.merge.measuring import measure_updates
 from weft.server.merge.movements import Contributor
 from weft.server.merge.settings import Clip, LoraSpace, MergeSettings
 from weft.server.merge.tiles import Arrays, ArrayUpdate, Float32, Scratch, Sink, Tiles, Update

@@ -32,6 +32,8 @@ from weft.common.errors import EngineFailed, WeftError
 
 J = TypeVar("J")
 R = TypeVar("R")
+_BATCH_ELEMENTS: Final = 1 << 17
+"""Jobs smaller than this share a turn of the crew."""
 
 
 class Crew(Protocol):
@@ -69,6 +71,20 @@ class Threads:
 
 
 ALONE: Final = Threads()
+
+
+def map_batches(crew: Crew, jobs: Sequence[J], do: Callable[[J], R], size: Callable[[J], int]) -> list[R]:
+    """``do`` of every job, in order; small ones share a turn of the crew, which costs as much as they do."""
+    batches: list[list[J]] = [[]]
+    elements = 0
+    for job in jobs:
+        batches[-1].append(job)
+        elements += size(job)
+        if elements >= _BATCH_ELEMENTS:
+            batches.append([])
+            elements = 0
+    done = crew.map(lambda batch: [do(job) for job in batch], batches)
+    return [result for batch in done for result in batch]
 
 
 @contextlib.contextmanager

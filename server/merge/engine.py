@@ -1,8 +1,8 @@
 """The merge of one round of one module: measure, clip, rule, outer step.
 
 A coordinate-wise rule needs O(W × tile) memory a thread, and tiles are the shorter the more updates there
-are: memory does not grow with their number. While trim thresholds are found, a thread holds one tensor of one
-update; ``lora = "exact"`` holds one layer's factors of all workers. Rules of a wider scope (``whole``) hold a few
+are: memory does not grow with their number. While a trim threshold is found, a thread holds the elements of one tensor of
+one update that it may be, a sixteenth at most; ``lora = "exact"`` holds one layer's factors of all workers. Rules of a wider scope (``whole``) hold a few
 float64 copies of one tensor, KnOTS one of every update, and of LoRA (W + 1) r rows of it.
 
 Legend: W = updates, T = elements of a tile, S = slots of the outer optimiser.
@@ -10,12 +10,11 @@ Legend: W = updates, T = elements of a tile, S = slots of the outer optimiser.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,34 +23,21 @@ import torch
 from weft.common.errors import EngineFailed
 from weft.common.modules import Schema, TensorSpec
 from weft.server.merge import lora, nested, rescale
-from weft.server.merge.crew import ALONE, Crew, Threads
+from weft.server.merge.crew import ALONE, Crew, Threads, map_batches
+from weft.server.merge.lora import Pair, pairs_of
+from weft.server.merge.measuring import Contribution, contribution_of, contributors_of, in_order
 from weft.server.merge.movements import Contributor, Movements
 from weft.server.merge.rule import Merged, MergeRule, Otherwise, Scope
 from weft.server.merge.rules import RULES
 from weft.server.merge.selection import BLOCK_ELEMENTS
 from weft.server.merge.settings import Clip, LoraSpace, MergeSettings, Rescale, RuleParameters
 from weft.server.merge.spaces import lora_space
-from weft.server.merge.statistics import (
-    TensorMeasure,
-    UpdateMeasure,
-    clip_factors,
-    is_norm_enough,
-    measure_tensor,
-    normalised_weights,
-    update_measure,
-)
 from weft.server.merge.tiles import OWN, WORKING_ELEMENTS, Float64, InputGrams, Sink, Tiles, Update, spans
 from weft.server.merge.whole import Whole
 from weft.server.outer import STEP, OuterSettings, first_slots, outer_step, slot_name
 
-Pair: TypeAlias = tuple[TensorSpec, TensorSpec]
-"""Specs of A and B of a LoRA layer."""
-J = TypeVar("J")
-R = TypeVar("R")
 _GRAM_ELEMENTS: Final = 1 << 20
 """Inner products are summed over stretches of this length, whatever the number of threads."""
-_BATCH_ELEMENTS: Final = 1 << 17
-"""Jobs smaller than this share a turn of the crew."""
 Tile: TypeAlias = tuple[TensorSpec, int, int]
 """A tensor, first element, one past the last."""
 
@@ -64,26 +50,6 @@ class OuterState:
     """What the last round left; None in the first."""
     after: Sink
     """Where this round's goes; it counts once the version is published."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contribution:
-    """What one update was worth in a merge."""
-
-    worker_id: str
-    """Who sent it."""
-    task_id: str
-    """For which task."""
-    weight: float
-    """Bounded and normalised: the weights of a merge sum to 1."""
-    clip_factor: float
-    """What it was multiplied by, at most 1."""
-    change_norm: float | None
-    """Norm of the movement of what the module computes, before clipping; None when it was not measured."""
-    parameter_norm: float | None
-    """Norm of the movement of its parameters, before clipping; None when it was not measured."""
-    kept: float | None
-    """Share of its elements that are not zero after trimming; None when nobody counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,7 +302,7 @@ def merge_module(
         UsageError: The settings cannot be combined (``lora_space``).
         ValueError: An update appears twice, a weight is negative, or ``outer_state`` does not fit ``outer``.
     """
-    ordered = _ordered(updates)
+    ordered = in_order(updates)
     space = lora_space(settings, outer) if schema.lora_pairs else None
     rule = RULES[settings.rule]
     if rule.needs_grams and input_grams is None:
@@ -345,7 +311,7 @@ def merge_module(
     measured = norms or settings.clip is not Clip.NONE or settings.rescale is Rescale.RDA
     times = [clock()]
     round_ = _Round(
-        contributors=_contributors(
+        contributors=contributors_of(
             crew, ordered, start, schema, settings=settings, scaling=scaling, norms=measured
         ),
         rule=rule,
@@ -358,7 +324,7 @@ def merge_module(
         input_grams=input_grams if rule.needs_grams else None,
     )
     times.append(clock())
-    pairs = _pairs(schema) if space is LoraSpace.EXACT else []
+    pairs = pairs_of(schema) if space is LoraSpace.EXACT else []
     whole = _seen_whole(round_, schema, pairs)
     tiles = _tiles(schema, pairs, tile_elements or _tile_elements(round_, crew))
     tiles = [tile for tile in tiles if tile[0] not in whole]
@@ -366,35 +332,16 @@ def merge_module(
     survey, tiles = _survey(crew, round_, tiles, factors)
     times.append(clock())
     losses = crew.map(lambda pair: round_.merge_pair(pair, factors[pair[0].name]), pairs)
-    _map(crew, whole, round_.merge_whole, lambda spec: spec.size)
+    map_batches(crew, whole, round_.merge_whole, lambda spec: spec.size)
 
     def merge_tile(tile: Tile) -> None:
         round_.write(tile, round_.movement(tile, factors[tile[0].name], survey=survey))
 
-    _map(crew, tiles, merge_tile, _length)
+    map_batches(crew, tiles, merge_tile, _length)
     times.append(clock())
     if outer_state is not None:
         outer_state.after.write(STEP, 0, np.array([round_.rounds + 1], np.float32))
     return _report(round_, space, losses, times, norms=measured)
-
-
-def measure_updates(
-    updates: Sequence[Update],
-    start: Tiles,
-    schema: Schema,
-    *,
-    settings: MergeSettings,
-    scaling: float = 1.0,
-    crew: Crew = ALONE,
-) -> tuple[tuple[Contributor, ...], tuple[Contribution, ...]]:
-    """What a merge knows of its updates before the rule, sorted as it merges them, and how it reports them.
-
-    The arguments are those of ``merge_module``, which raises the same errors.
-    """
-    contributors = _contributors(
-        crew, _ordered(updates), start, schema, settings=settings, scaling=scaling, norms=True
-    )
-    return contributors, tuple(_contribution(each, norms=True) for each in contributors)
 
 
 def _seen_whole(round_: _Round, schema: Schema, pairs: Sequence[Pair]) -> list[TensorSpec]:
@@ -437,92 +384,6 @@ def _rounds(outer_state: OuterState | None) -> int:
     return int(outer_state.before.tile(STEP, 0, 1)[0])
 
 
-def _ordered(updates: Sequence[Update]) -> tuple[Update, ...]:
-    """Those with a weight, in the one order that they are added up in, whatever order they came in."""
-    counting = (update for update in updates if update.weight != 0)
-    ordered = tuple(sorted(counting, key=lambda update: (update.worker_id, update.task_id)))
-    if not ordered:
-        raise EngineFailed(f"{len(updates)} updates, none with a weight: there is nothing to merge")
-    if len({(update.worker_id, update.task_id) for update in ordered}) < len(ordered):
-        raise ValueError("an update appears twice")
-    return ordered
-
-
-def _pairs(schema: Schema) -> list[Pair]:
-    specs = {spec.name: spec for spec in schema.tensors}
-    return [(specs[a_name], specs[b_name]) for a_name, b_name in schema.lora_pairs]
-
-
-def _contributors(
-    crew: Crew,
-    updates: Sequence[Update],
-    start: Tiles,
-    schema: Schema,
-    *,
-    settings: MergeSettings,
-    scaling: float,
-    norms: bool,
-) -> tuple[Contributor, ...]:
-    schemas = [schema if each.rank is None else schema.at_rank(each.rank) for each in updates]
-    measures = _measure(
-        crew, updates, start, schema, schemas, settings=settings, scaling=scaling, norms=norms
-    )
-    weights = normalised_weights([update.weight for update in updates], settings)
-    clips = clip_factors(measures, settings)
-    specs = [{spec.name: spec for spec in each.tensors} for each in schemas]
-    return tuple(Contributor(*row) for row in zip(updates, measures, weights, clips, specs, strict=True))
-
-
-def _measure(
-    crew: Crew,
-    updates: Sequence[Update],
-    start: Tiles,
-    schema: Schema,
-    schemas: Sequence[Schema],
-    *,
-    settings: MergeSettings,
-    scaling: float,
-    norms: bool,
-) -> tuple[UpdateMeasure, ...]:
-    trim, fisher = settings.parameters.trim, RULES[settings.rule].needs_fisher
-    # What was measured when an update came in spares a pass over it now.
-    knows = settings.rescale is not Rescale.RDA and is_norm_enough(schema)
-    known = [each.norm if knows else None for each in updates]
-
-    def tensor(job: tuple[int, TensorSpec]) -> TensorMeasure:
-        index, spec = job
-        unknown = norms and known[index] is None
-        return measure_tensor(updates[index], spec, OWN.scratch, trim=trim, fisher=fisher, norms=unknown)
-
-    def changes(pair: Pair) -> list[float]:
-        at = {name: index for index, (name, _) in enumerate(schema.lora_pairs)}[pair[0].name]
-        moved = (lora.read_factors(each, *_pairs(of)[at]) for each, of in zip(updates, schemas, strict=True))
-        return lora.change_square_sums(lora.read_factors(start, *pair), moved)
-
-    jobs = [(index, spec) for index, of in enumerate(schemas) for spec in of.tensors]
-    measures = iter(_map(crew, jobs, tensor, lambda job: job[1].size))
-    layers = crew.map(changes, _pairs(schema)) if norms else []
-    moved = zip(*layers, strict=True) if layers else itertools.repeat((0.0,) * len(schema.lora_pairs))
-    return tuple(
-        update_measure(of, [next(measures) for _ in of.tensors], each, scaling=scaling, norm=norm)
-        for of, norm, each in zip(schemas, known, moved, strict=False)
-    )
-
-
-def _map(crew: Crew, jobs: Sequence[J], do: Callable[[J], R], size: Callable[[J], int]) -> list[R]:
-    """``do`` of every job, in order; small ones share a turn of the crew, which costs as much as they do."""
-    batches: list[list[J]] = [[]]
-    elements = 0
-    for job in jobs:
-        batches[-1].append(job)
-        elements += size(job)
-        if elements >= _BATCH_ELEMENTS:
-            batches.append([])
-            elements = 0
-    done = crew.map(lambda batch: [do(job) for job in batch], batches)
-    return [result for batch in done for result in batch]
-
-
 def _length(tile: Tile) -> int:
     return tile[2] - tile[1]
 
@@ -552,7 +413,7 @@ def _survey(
     """What the rule counts over the module, and the tiles to be merged by that; all where it does not count."""
     if not round_.parameters.surveys or round_.rule.survey is None:
         return 0, tiles
-    done = _map(crew, tiles, lambda tile: round_.survey_tile(tile, factors[tile[0].name]), _length)
+    done = map_batches(crew, tiles, lambda tile: round_.survey_tile(tile, factors[tile[0].name]), _length)
     total = sum(count for count, _ in done)
     if total > 0:  # they were written as if it were
         return total, []
@@ -601,7 +462,7 @@ def _factors(
             strict=True,
         )
     )
-    parts = _map(crew, tiles, lambda tile: tensor(tile, units[tile[0].name]), _length)
+    parts = map_batches(crew, tiles, lambda tile: tensor(tile, units[tile[0].name]), _length)
     for (spec, _, _), part in zip(tiles, parts, strict=True):
         square_sums.setdefault(spec.name, []).append(part)
     for name, own in square_sums.items():
@@ -629,7 +490,7 @@ def _grams(crew: Crew, round_: _Round, schema: Schema, pairs: Sequence[Pair]) ->
 
     tiles = _tiles(schema, pairs, _GRAM_ELEMENTS)
     grams = dict(zip((a.name for a, _ in pairs), crew.map(layer, pairs), strict=True))
-    for (spec, _, _), gram_WW in zip(tiles, _map(crew, tiles, tensor, _length), strict=True):
+    for (spec, _, _), gram_WW in zip(tiles, map_batches(crew, tiles, tensor, _length), strict=True):
         grams[spec.name] = grams[spec.name] + gram_WW if spec.name in grams else gram_WW
     return grams
 
@@ -646,20 +507,7 @@ def _report(
     return MergeReport(
         rule=round_.rule.name,
         lora=space,
-        contributions=tuple(_contribution(each, norms=norms) for each in round_.contributors),
+        contributions=tuple(contribution_of(each, norms=norms) for each in round_.contributors),
         truncation_error=math.sqrt(lost / total) if total else 0.0,
         seconds=dict(zip(("measure", "survey", "merge"), np.diff(times).tolist(), strict=True)),
-    )
-
-
-def _contribution(contributor: Contributor, *, norms: bool) -> Contribution:
-    measure = contributor.measure
-    return Contribution(
-        worker_id=contributor.update.worker_id,
-        task_id=contributor.update.task_id,
-        weight=contributor.weight,
-        clip_factor=contributor.clip,
-        change_norm=measure.change_norm if norms else None,
-        parameter_norm=measure.parameter_norm if norms else None,
-        kept=measure.kept,
     )

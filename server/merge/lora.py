@@ -23,17 +23,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 
-from weft.common.modules import TensorSpec
+from weft.common.modules import Schema, TensorSpec
 from weft.server.merge.tiles import Float32, Tiles, Update
 
+Pair: TypeAlias = tuple[TensorSpec, TensorSpec]
+"""Specs of A and B of a LoRA layer."""
 _RANK_TOLERANCE: Final = 1e-9
 """Singular values below this share of the largest are rounding of float32 factors, not directions."""
 _OVERLAP_MIN: Final = 1e-2
 """The new A's singular values stay above this share of its largest, lest B make up for a vanishing A."""
+
+
+def pairs_of(schema: Schema) -> list[Pair]:
+    """The LoRA layers of a module, or of an update with a rank of its own."""
+    specs = {spec.name: spec for spec in schema.tensors}
+    return [(specs[a_name], specs[b_name]) for a_name, b_name in schema.lora_pairs]
 
 
 @dataclass(frozen=True, slots=True)
