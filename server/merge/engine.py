@@ -1,9 +1,10 @@
 """The merge of one round of one module: measure, clip, rule, outer step.
 
 A coordinate-wise rule needs O(W × tile) memory a thread, and tiles are the shorter the more updates there
-are: memory does not grow with their number. While a trim threshold is found, a thread holds the elements of one tensor of
-one update that it may be, a sixteenth at most; ``lora = "exact"`` holds one layer's factors of all workers. Rules of a wider scope (``whole``) hold a few
-float64 copies of one tensor, KnOTS one of every update, and of LoRA (W + 1) r rows of it.
+are: memory does not grow with their number. While a trim threshold is looked for, a thread holds the elements of
+one tensor that it may be, a sixteenth at most; ``lora = "exact"`` holds one layer's factors of all workers. Rules
+of a wider scope (``whole``) hold a few float64 copies of one tensor, KnOTS one of every update, and of LoRA
+(W + 1) r rows of it.
 
 Legend: W = updates, T = elements of a tile, S = slots of the outer optimiser.
 """
